@@ -1,0 +1,318 @@
+"""`Captioner`: the Python interface. Everything else in the package stands behind it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captioner.caption import Caption, Word, make_captions, make_word
+from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioner.config import ModelConfig, SearchOptions
+from captioner.errors import ConfigError, ImageError, SearchError
+from captioner.geometry import Geometry
+from captioner.images import Source, open_picture
+from captioner.preprocessing import to_pixels
+from captioner.search import Hypothesis, Phrase, SearchVocabulary, score_tokens, search, stream
+from captioner.tokenizer import Tokenizer
+
+
+class Captioner:
+    """Captions pictures: a sentence, and for every word its probability and its place in the picture.
+
+        captioner = Captioner.load()
+        caption = captioner.caption("photo.jpg")
+        caption.text
+
+    Search options are keywords, the same as on the command line; see `captioner.SearchOptions` for all of them.
+    Safe to call from many threads, which share the model.
+
+    Args:
+        checkpoint: model, vocabulary and card.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto") -> None:
+        self.device = _device(device)
+        self.model = checkpoint.model.to(self.device).eval()
+        self.tokenizer = checkpoint.tokenizer
+        self.card = checkpoint.card
+        # Convolutions are up to twice as fast with channels last.
+        self.model.encoder.to(memory_format=torch.channels_last)
+        self._vocabulary = search_vocabulary(self.tokenizer)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | None = None, *, device: str = "auto") -> Captioner:
+        """Load a model.
+
+        Args:
+            source: None for the bundled model, which needs no network; a folder; or a hub id "user/name".
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+
+        Returns:
+            The captioner.
+
+        Raises:
+            CheckpointError: when the model is missing, foreign or damaged, or the hub cannot be reached.
+            ConfigError: for a device that is not there.
+        """
+        return cls(load_checkpoint(source), device=device)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The settings of the model."""
+        return self.model.config
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model as a folder that `load` reads; save and load is the identity.
+
+        Args:
+            folder: made when it is not there.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        save_checkpoint(Checkpoint(self.model, self.tokenizer, self.card), folder)
+
+    def caption(self, picture: Source, **options: Any) -> Caption:
+        """Caption one picture.
+
+        Args:
+            picture: a path, `bytes`, a binary file, a `PIL.Image`, a `uint8` numpy array [H, W, 3], [H, W] or
+                [H, W, 4], or a `uint8` torch tensor [3, H, W].
+            **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`.
+
+        Returns:
+            The best caption, and up to n_best - 1 others in its `alternatives`.
+
+        Raises:
+            ImageError: when the picture cannot be read.
+            ConfigError: for an unknown or impossible option.
+            SearchError: when no caption can be as the options ask.
+        """
+        (caption,) = self._caption_chunk([picture], *self._search_arguments(options))
+        return caption
+
+    def caption_batch(
+        self,
+        pictures: Iterable[Source],
+        *,
+        batch_size: int = 32,
+        on_error: Literal["raise", "return"] = "raise",
+        **options: Any,
+    ) -> Iterator[Caption | ImageError]:
+        """Caption many pictures, lazily: no more than a batch is held in memory.
+
+        Args:
+            pictures: any iterable of what `caption` takes.
+            batch_size: pictures that go through the model together.
+            on_error: "raise" raises the `ImageError` of a bad picture after the captions of those before it;
+                "return" gives the error in the place of its caption and goes on.
+            **options: search options; see `SearchOptions`.
+
+        Returns:
+            An iterator over the captions, in the order of the pictures.
+
+        Raises:
+            ConfigError: at once, for an impossible argument or option.
+            SearchError: at once, for a word that the model does not know.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
+        if on_error not in ("raise", "return"):
+            raise ConfigError(f"on_error must be 'raise' or 'return', got {on_error!r}")
+        if isinstance(pictures, str | bytes | os.PathLike) or not isinstance(pictures, Iterable):
+            raise ConfigError(
+                f"pictures must be an iterable of pictures, such as a list of paths, got {type(pictures).__name__}; "
+                "for one picture use caption()"
+            )
+        return self._caption_stream(iter(pictures), batch_size, on_error, *self._search_arguments(options))
+
+    def _caption_stream(
+        self,
+        pictures: Iterator[Source],
+        batch_size: int,
+        on_error: str,
+        options: SearchOptions,
+        must_include: Sequence[Phrase],
+        ban: Sequence[Phrase],
+    ) -> Iterator[Caption | ImageError]:
+        while chunk := list(itertools.islice(pictures, batch_size)):
+            inputs: list[_Input | ImageError] = []
+            for picture in chunk:
+                try:
+                    inputs.append(self._prepare(picture))
+                except ImageError as err:
+                    inputs.append(err)
+                    if on_error == "raise":
+                        break
+            good = [item for item in inputs if not isinstance(item, ImageError)]
+            captions = iter(self._run(good, options, must_include, ban))
+            for item in inputs:
+                if isinstance(item, ImageError) and on_error == "raise":
+                    raise item
+                yield item if isinstance(item, ImageError) else next(captions)
+
+    def stream(self, picture: Source, **options: Any) -> Iterator[Word]:
+        """Caption one picture and give each word as it is found.
+
+        Args:
+            picture: as for `caption`.
+            **options: search options; `method` is "greedy" unless it is given, or "sample".
+
+        Returns:
+            An iterator over the words, the same as those of `caption` with the same options.
+
+        Raises:
+            ImageError: at once, when the picture cannot be read.
+            ConfigError: at once, for an impossible option, or a beam search, whose words are known only at its end.
+            SearchError: when no caption can be as the options ask.
+        """
+        chosen, _, ban = self._search_arguments({"method": "greedy", **options})
+        if chosen.method == "beam":
+            raise ConfigError("a beam search cannot be streamed: its words are known only at its end; "
+                              "use method='greedy' or method='sample'")
+        prepared = self._prepare(picture)
+        return self._stream_words(prepared, chosen, ban)
+
+    def _stream_words(self, prepared: _Input, options: SearchOptions, ban: Sequence[Phrase]) -> Iterator[Word]:
+        found = stream(self.model.decoder, self._encode([prepared]), vocabulary=self._vocabulary, options=options, ban=ban)
+        for index, word in enumerate(found):
+            # The first word has the capital letter.
+            text = self.tokenizer.words([word.token_id])[0] if index == 0 else self.tokenizer.word(word.token_id)
+            yield make_word(
+                text,
+                word.log_probability,
+                word.attention_P.numpy(),
+                word.attention_heads_LHP.numpy(),
+                prepared.geometry.grid_hw,
+            )
+
+    def score(self, picture: Source, sentence: str) -> Caption:
+        """Read a given sentence as the picture's caption: how probable is each word, and where would it look?
+
+        Args:
+            picture: as for `caption`.
+            sentence: words that the model knows; capitals and punctuation do not matter.
+
+        Returns:
+            The caption of these words, with score, probabilities and maps.
+
+        Raises:
+            ImageError: when the picture cannot be read.
+            SearchError: when the sentence is empty, too long, or has a word that the model does not know.
+        """
+        phrase = self._phrase(sentence, "sentence")
+        limit = self.model.decoder.max_tokens - 1
+        if len(phrase.token_ids) > limit:
+            raise SearchError(
+                f"the sentence has {len(phrase.token_ids)} words, this model reads at most {limit}; shorten it"
+            )
+        prepared = self._prepare(picture)
+        hypothesis = score_tokens(
+            self.model.decoder, self._encode([prepared]), vocabulary=self._vocabulary, token_ids=phrase.token_ids
+        )
+        return self._captions([prepared], [[hypothesis]])[0]
+
+    def _search_arguments(self, options: dict[str, Any]) -> tuple[SearchOptions, list[Phrase], list[Phrase]]:
+        chosen = SearchOptions.from_dict(options)
+        must_include = [self._phrase(text, "must_include") for text in chosen.must_include]
+        # What holds a word that the model does not know can never be written: it is banned already.
+        ban = [self._phrase(text, "ban") for text in chosen.ban if not self.tokenizer.unknown_words(text)]
+        return chosen, must_include, ban
+
+    def _phrase(self, text: str, name: str) -> Phrase:
+        token_ids = self.tokenizer.encode(text) if isinstance(text, str) else ()
+        if not token_ids:
+            raise SearchError(f"{name} must hold at least one word, got {text!r}")
+        unknown = self.tokenizer.unknown_words(text)
+        if unknown:
+            raise SearchError(
+                f"{name}: this model does not know {', '.join(map(repr, unknown))}; its vocabulary has "
+                f"{self.tokenizer.vocabulary_size} words: choose another word"
+            )
+        return Phrase(text, token_ids)
+
+    def _caption_chunk(
+        self, pictures: Sequence[Source], options: SearchOptions, must_include: Sequence[Phrase], ban: Sequence[Phrase]
+    ) -> list[Caption]:
+        return self._run([self._prepare(picture) for picture in pictures], options, must_include, ban)
+
+    def _prepare(self, source: Source) -> _Input:
+        return _Input(source, self.config, self.model.encoder.grid_hw)
+
+    def _encode(self, inputs: Sequence[_Input]) -> Tensor:
+        pixels = torch.stack([item.pixels for item in inputs]).to(self.device)
+        with torch.inference_mode():
+            grid_BPC: Tensor = self.model.encoder(pixels.contiguous(memory_format=torch.channels_last))
+        return grid_BPC
+
+    def _run(
+        self, inputs: Sequence[_Input], options: SearchOptions, must_include: Sequence[Phrase], ban: Sequence[Phrase]
+    ) -> list[Caption]:
+        if not inputs:
+            return []
+        found = search(
+            self.model.decoder,
+            self._encode(inputs),
+            vocabulary=self._vocabulary,
+            options=options,
+            must_include=must_include,
+            ban=ban,
+        )
+        return self._captions(inputs, found)
+
+    def _captions(self, inputs: Sequence[_Input], found: Sequence[list[Hypothesis]]) -> list[Caption]:
+        return [
+            make_captions(hypotheses, tokenizer=self.tokenizer, geometry=item.geometry, picture=item.source)
+            for item, hypotheses in zip(inputs, found, strict=True)
+        ]
+
+
+class _Input:
+    """A picture made ready for the model.
+
+    Args:
+        source: as handed over.
+        config: of the model.
+        grid_hw: of the encoder.
+    """
+
+    def __init__(self, source: Source, config: ModelConfig, grid_hw: tuple[int, int]) -> None:
+        side_px = config.preprocessing.side_px
+        if hasattr(source, "read"):  # a file can be read only once; its bytes serve the figure too
+            source = open_once(source)
+        picture = open_picture(source, side_px=side_px)
+        self.pixels = to_pixels(picture.image, config.preprocessing)
+        self.geometry = Geometry(
+            picture_hw_px=picture.full_hw_px, input_hw_px=(side_px, side_px), grid_hw=grid_hw
+        )
+        # A relative path would mean another file once the program changes its folder.
+        self.source = Path(source).absolute() if isinstance(source, str | os.PathLike) else source
+
+
+def search_vocabulary(tokenizer: Tokenizer) -> SearchVocabulary:
+    """Return what a search needs to know of a vocabulary."""
+    return SearchVocabulary(
+        size=tokenizer.vocabulary_size,
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        never_ids=(tokenizer.pad_id, tokenizer.start_id, tokenizer.unknown_id),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as err:  # as the missing backend says it
+        raise ConfigError(f"device {name!r} is not there; use 'auto', 'cpu' or a GPU of this machine") from err
+    return device

@@ -1,0 +1,161 @@
+"""One attention read that returns its weights: additive and multi-head.
+
+Shapes: B pictures; N rows, R = N / B of them for each picture and side by side; T steps; P grid cells; C channels; H
+heads; D width of a head.
+
+What of the grid does not depend on the words (keys and values) is computed once per picture, in `remember`, and shared
+by all rows of the picture: the hypotheses of a beam in search, the captions of a picture in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captioner.dropout import Dropout
+from captioner.geometry import exact_div
+
+
+@dataclass(frozen=True)
+class GridMemory:
+    """Keys and values of pictures, and which rows look at which.
+
+    Args:
+        keys: [B, ...], one entry per picture.
+        values: [B, ...], one entry per picture.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def select(self, picture_N: Tensor) -> GridMemory:
+        """Return the memory of the named pictures, in that order."""
+        return GridMemory(self.keys.index_select(0, picture_N), self.values.index_select(0, picture_N))
+
+    def rows_per_picture(self, rows: int) -> int:
+        """Return how many of the rows look at each picture."""
+        return exact_div(rows, self.keys.shape[0])
+
+
+class PictureRows:
+    """Which picture each row of a state looks at, kept so that pictures are shared and not copied.
+
+    Args:
+        pictures: number of pictures in memory.
+        rows: number of rows; the first rows / pictures of them look at the first picture, and so on.
+    """
+
+    def __init__(self, pictures: int, rows: int) -> None:
+        self.pictures = pictures
+        self.per_picture = exact_div(rows, pictures) if pictures else 0
+
+    def select(self, index_N: Tensor) -> tuple[Tensor | None, PictureRows]:
+        """Select rows.
+
+        Args:
+            index_N: int64, rows of the present order.
+
+        Returns:
+            The pictures that the memory must be reduced to (None: all, as they are), and the new order.
+        """
+        picture_N = index_N // max(self.per_picture, 1)
+        present, count = torch.unique_consecutive(picture_N, return_counts=True)
+        even = bool((count == count[0]).all()) if len(count) else True
+        if not even:  # some pictures have more rows than others: every row gets a picture of its own
+            present, rows_each = picture_N, 1
+        else:
+            rows_each = int(count[0]) if len(count) else 0
+        chosen = PictureRows(len(present), len(present) * rows_each)
+        unchanged = len(present) == self.pictures and bool(
+            (present == torch.arange(self.pictures, device=present.device)).all()
+        )
+        return (None if unchanged else present), chosen
+
+
+class AdditiveAttention(nn.Module):
+    """Soft attention with a one-layer network as the score (Bahdanau et al. 2015; Xu et al. 2015, eq. 4 to 6, 13).
+
+    e_i = w · tanh(W_a a_i + W_h h + b),  alpha = softmax(e),  z = sum_i alpha_i a_i
+
+    Args:
+        feature_dim: channels C of a grid cell.
+        state_dim: width of the query h.
+        hidden_dim: width of the score's hidden layer.
+    """
+
+    def __init__(self, *, feature_dim: int, state_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(feature_dim, hidden_dim)
+        self.query = nn.Linear(state_dim, hidden_dim, bias=False)
+        self.score = nn.Linear(hidden_dim, 1, bias=False)
+
+    def remember(self, grid_BPC: Tensor) -> GridMemory:
+        """Compute what does not depend on the words: keys [B, P, hidden]; the values are the features themselves."""
+        return GridMemory(self.key(grid_BPC), grid_BPC)
+
+    def forward(self, state_ND: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        """Read the grid.
+
+        Args:
+            state_ND: queries, R rows side by side for each picture.
+            memory: of the pictures, from `remember`.
+
+        Returns:
+            context_NC and weights_NP, float32, non-negative, each row sums to 1.
+        """
+        pictures, rows = memory.keys.shape[0], memory.rows_per_picture(state_ND.shape[0])
+        query_BR1D = self.query(state_ND).view(pictures, rows, 1, -1)
+        hidden_BRPD = torch.tanh(memory.keys.unsqueeze(1) + query_BR1D)
+        weights_BRP = self.score(hidden_BRPD).squeeze(-1).float().softmax(dim=-1)
+        context_BRC = weights_BRP.to(memory.values.dtype) @ memory.values
+        return context_BRC.flatten(0, 1), weights_BRP.flatten(0, 1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention of several heads over a grid (Vaswani et al. 2017, eq. 1 and section 3.2.2).
+
+    Args:
+        dim: width of queries, keys, values and output.
+        heads: number of heads; must divide `dim`.
+        dropout: probability of dropping a weight, in training. The returned weights are those before it.
+    """
+
+    def __init__(self, *, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = exact_div(dim, heads)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.dropout = Dropout(dropout)
+
+    def remember(self, memory_BPD: Tensor) -> GridMemory:
+        """Compute keys and values of the pictures once: each [B, H, P, D]."""
+        keys, values = self.key_value(memory_BPD).chunk(2, dim=-1)
+        return GridMemory(
+            keys.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2),
+            values.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2),
+        )
+
+    def forward(self, state_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        """Read the grid.
+
+        Args:
+            state_NTD: queries of T steps, R rows side by side for each picture.
+            memory: of the pictures, from `remember`.
+
+        Returns:
+            output_NTD, and weights_NHTP, float32, non-negative, each row of P sums to 1.
+        """
+        rows_N, steps, dim = state_NTD.shape
+        pictures = memory.keys.shape[0]
+        # The rows of a picture are only more queries to the same keys: [B, H, R * T, D].
+        query = self.query(state_NTD).reshape(pictures, -1, self.heads, self.head_dim).transpose(1, 2)
+        scores = (query * self.head_dim**-0.5) @ memory.keys.transpose(-2, -1)
+        weights = scores.float().softmax(dim=-1)
+        read = (self.dropout(weights).to(memory.values.dtype) @ memory.values).transpose(1, 2)
+        output_NTD = self.output(read.reshape(rows_N, steps, dim))
+        weights_BHRTP = weights.unflatten(2, (memory.rows_per_picture(rows_N), steps))
+        return output_NTD, weights_BHRTP.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,271 @@
+"""The transformer decoder: multi-head attention with queries, keys and values (Vaswani et al. 2017).
+
+Pre-norm blocks (Xiong et al. 2020), learned positions of words and, in two dimensions, of grid cells, and one matrix
+for the word embeddings and the output (Press & Wolf 2017). Shapes as in `protocol.py`; D width of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captioner.attention import GridMemory, MultiHeadAttention, PictureRows
+from captioner.dropout import Dropout
+from captioner.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MultiheadState:
+    """State of the transformer decoder; see `DecoderState`.
+
+    Args:
+        keys: of the words so far, [L, N, H, T, D per head]; allocated once, T the most steps that will be taken.
+        values: likewise.
+        position: int64 scalar, the number of tokens read.
+        attention_heads_BLHP: of the last step; before the first, no row.
+        memories: the pictures, one memory per layer, shared by their rows.
+        rows: which row looks at which picture.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    attention_heads_BLHP: Tensor
+    memories: tuple[GridMemory, ...]
+    rows: PictureRows
+
+    def select(self, index_N: Tensor) -> MultiheadState:
+        """Return the state of the named rows; see `DecoderState.select`."""
+        pictures, rows = self.rows.select(index_N)
+        stepped = self.attention_heads_BLHP.shape[0] > 0
+        return MultiheadState(
+            keys=self.keys.index_select(1, index_N),
+            values=self.values.index_select(1, index_N),
+            position=self.position,
+            attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
+            memories=self.memories
+            if pictures is None
+            else tuple(memory.select(pictures) for memory in self.memories),
+            rows=rows,
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of a sequence over its own past (Vaswani et al. 2017, section 3.2.3).
+
+    Args:
+        dim: width of the model.
+        heads: number of heads; must divide `dim`.
+        dropout: probability of dropping a weight, in training.
+    """
+
+    def __init__(self, *, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def project(self, state_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each [N, H, T, D per head]."""
+        split = self.query_key_value(state_NTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return split[0], split[1], split[2]
+
+    def read(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
+        """Attend and project; without a mask, causally.
+
+        Args:
+            query: [N, H, T, D per head].
+            key: [N, H, U, D per head].
+            value: [N, H, U, D per head].
+            mask: bool, True where a key may be seen, or None for a causal mask.
+
+        Returns:
+            [N, T, D].
+        """
+        dropout = self.dropout if self.training else 0.0
+        read = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+        )
+        output_NTD: Tensor = self.output(read.transpose(1, 2).flatten(2))
+        return output_NTD
+
+
+class Block(nn.Module):
+    """One pre-norm block: words among themselves, words over the grid, feed-forward (Xiong et al. 2020, fig. 1b).
+
+    Args:
+        dim: width of the model.
+        heads: number of heads; must divide `dim`.
+        feedforward_dim: hidden width of the feed-forward layer.
+        dropout: on attention weights, hidden layer and each branch, in training.
+    """
+
+    def __init__(self, *, dim: int, heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = CausalSelfAttention(dim=dim, heads=heads, dropout=dropout)
+        self.norm_grid = nn.LayerNorm(dim)
+        self.grid_attention = MultiHeadAttention(dim=dim, heads=heads, dropout=dropout)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, feedforward_dim), nn.GELU(), Dropout(dropout), nn.Linear(feedforward_dim, dim)
+        )
+        self.dropout = Dropout(dropout)
+
+    def forward(self, state_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        """Run the whole sequence; returns state_NTD and the grid attention weights_NHTP."""
+        query, key, value = self.self_attention.project(self.norm_self(state_NTD))
+        return self._finish(state_NTD, self.self_attention.read(query, key, value, mask=None), memory)
+
+    def step(
+        self, state_N1D: Tensor, memory: GridMemory, *, keys: Tensor, values: Tensor, position: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run one step and write its key and value into the cache, in place.
+
+        Args:
+            state_N1D: the new token.
+            memory: of the pictures.
+            keys: cache [N, H, T, D per head].
+            values: cache, likewise.
+            position: int64 scalar, where the token stands.
+            seen: bool [T], True for this token and those before it.
+
+        Returns:
+            state_N1D and the grid attention weights_NH1P.
+        """
+        query, key, value = self.self_attention.project(self.norm_self(state_N1D))
+        keys.index_copy_(2, position.view(1), key.to(keys.dtype))
+        values.index_copy_(2, position.view(1), value.to(values.dtype))
+        read = self.self_attention.read(query, keys.to(query.dtype), values.to(query.dtype), mask=seen)
+        return self._finish(state_N1D, read, memory)
+
+    def _finish(self, state_NTD: Tensor, read_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        state_NTD = state_NTD + self.dropout(read_NTD)
+        looked_NTD, weights_NHTP = self.grid_attention(self.norm_grid(state_NTD), memory)
+        state_NTD = state_NTD + self.dropout(looked_NTD)
+        state_NTD = state_NTD + self.dropout(self.feedforward(self.norm_feedforward(state_NTD)))
+        return state_NTD, weights_NHTP
+
+
+class MultiheadDecoder(nn.Module):
+    """Pre-norm transformer over the grid; see the module's text and `Decoder`.
+
+    Args:
+        feature_dim: channels of a grid cell.
+        grid_hw: rows and columns of the grid.
+        vocabulary_size: number of tokens.
+        max_tokens: longest caption in tokens, end included.
+        dim: width of the model.
+        layers: number of blocks.
+        heads: number of heads; must divide `dim`.
+        feedforward_dim: hidden width of the feed-forward layers.
+        dropout: in training.
+        map_layers: layers whose mean over layers and heads is a word's map; empty: all.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_dim: int,
+        grid_hw: tuple[int, int],
+        vocabulary_size: int,
+        max_tokens: int,
+        dim: int = 256,
+        layers: int = 3,
+        heads: int = 8,
+        feedforward_dim: int = 1024,
+        dropout: float = 0.2,
+        map_layers: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ConfigError(f"heads must divide dim, got dim={dim} and heads={heads}")
+        self.max_tokens = max_tokens
+        self.heads = heads
+        self.map_layers = sorted({layer % layers for layer in map_layers} or range(layers))
+        self.embedding = nn.Embedding(vocabulary_size, dim)
+        self.position = nn.Parameter(torch.empty(max_tokens, dim))
+        self.grid_row = nn.Parameter(torch.empty(grid_hw[0], 1, dim))
+        self.grid_column = nn.Parameter(torch.empty(1, grid_hw[1], dim))
+        self.grid = nn.Sequential(nn.Linear(feature_dim, dim), nn.LayerNorm(dim))
+        self.blocks = nn.ModuleList(
+            Block(dim=dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+        for parameter in (self.embedding.weight, self.position, self.grid_row, self.grid_column):
+            nn.init.normal_(parameter, std=0.02)
+
+    def _remember(self, grid_BPC: Tensor) -> tuple[GridMemory, ...]:
+        """Compute keys and values of the pictures, once per layer."""
+        place_PD = (self.grid_row + self.grid_column).flatten(0, 1)
+        memory_BPD = self.dropout(self.grid(grid_BPC) + place_PD)
+        return tuple(block.grid_attention.remember(memory_BPD) for block in self.blocks)  # type: ignore[union-attr,operator,misc]
+
+    def _embed(self, tokens_NT: Tensor, position_TD: Tensor) -> Tensor:
+        # Embeddings start small because they are the output matrix too; sqrt(D) brings them to the scale of the
+        # positions' sum with the residual stream (Vaswani et al. 2017, section 3.4).
+        scaled = self.embedding(tokens_NT) * self.embedding.embedding_dim**0.5
+        embedded: Tensor = self.dropout(scaled + position_TD)
+        return embedded
+
+    def _logits(self, state: Tensor) -> Tensor:
+        return F.linear(self.norm(state), self.embedding.weight)
+
+    def start(self, grid_BPC: Tensor, *, max_tokens: int | None = None) -> MultiheadState:
+        """Compute keys and values of the pictures and allocate the caches; see `Decoder.start`."""
+        pictures, cells, _ = grid_BPC.shape
+        steps = min(self.max_tokens, max_tokens or self.max_tokens)
+        memories = self._remember(grid_BPC)
+        head_dim = self.embedding.embedding_dim // self.heads
+        shape = (len(self.blocks), pictures, self.heads, steps, head_dim)
+        cache = {"dtype": memories[0].keys.dtype, "device": grid_BPC.device}
+        return MultiheadState(
+            keys=torch.zeros(shape, **cache),
+            values=torch.zeros(shape, **cache),
+            position=torch.zeros((), dtype=torch.int64, device=grid_BPC.device),
+            attention_heads_BLHP=grid_BPC.new_empty(0, len(self.blocks), self.heads, cells),
+            memories=memories,
+            rows=PictureRows(pictures, pictures),
+        )
+
+    def step(self, tokens_B: Tensor, state: MultiheadState) -> tuple[Tensor, Tensor, MultiheadState]:
+        """Read one token and predict the next; see `Decoder.step`. The caches are written in place."""
+        position = state.position
+        seen = torch.arange(state.keys.shape[3], device=position.device) <= position
+        hidden = self._embed(tokens_B[:, None], self.position.index_select(0, position.view(1)))
+        attention = []
+        for layer, (block, memory) in enumerate(zip(self.blocks, state.memories, strict=True)):
+            hidden, weights_NH1P = block.step(  # type: ignore[operator]
+                hidden,
+                memory,
+                keys=state.keys[layer],
+                values=state.values[layer],
+                position=position,
+                seen=seen[None],
+            )
+            attention.append(weights_NH1P[:, :, 0])
+        heads_BLHP = torch.stack(attention, dim=1)
+        after = MultiheadState(
+            keys=state.keys,
+            values=state.values,
+            position=position + 1,
+            attention_heads_BLHP=heads_BLHP,
+            memories=state.memories,
+            rows=state.rows,
+        )
+        return self._logits(hidden[:, 0]), heads_BLHP[:, self.map_layers].mean(dim=(1, 2)), after
+
+    def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""
+        hidden = self._embed(tokens_BT, self.position[: tokens_BT.shape[1]])
+        attention = []
+        for block, memory in zip(self.blocks, self._remember(grid_BPC), strict=True):
+            hidden, weights_NHTP = block(hidden, memory)
+            attention.append(weights_NHTP)
+        kept = torch.stack([attention[layer] for layer in self.map_layers], dim=1)
+        return self._logits(hidden), kept.mean(dim=(1, 2))

@@ -1,0 +1,212 @@
+"""Pixels → grid of features: any torchvision classification CNN by name, cut before its pooling."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from captioner.errors import CheckpointError, ConfigError
+
+
+def _features(network: nn.Module) -> list[nn.Module]:
+    return list(network.features.children())  # type: ignore[union-attr,operator]
+
+
+def _densenet(network: nn.Module) -> list[nn.Module]:
+    # torchvision applies this ReLU in `forward`, between the features and the pooling.
+    return [*_features(network), nn.ReLU()]
+
+
+def _resnet(network: nn.Module) -> list[nn.Module]:
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)  # type: ignore[arg-type]
+    return [stem, network.layer1, network.layer2, network.layer3, network.layer4]  # type: ignore[list-item]
+
+
+def _regnet(network: nn.Module) -> list[nn.Module]:
+    return [network.stem, *network.trunk_output.children()]  # type: ignore[list-item,union-attr,operator]
+
+
+# Family (prefix of torchvision's names) → its stages before the pooling.
+FAMILIES: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
+    "resnet": _resnet,
+    "resnext": _resnet,
+    "wide_resnet": _resnet,
+    "regnet": _regnet,
+    "densenet": _densenet,
+    "vgg": _features,
+    "mobilenet_v2": _features,
+    "mobilenet_v3": _features,
+    "efficientnet_v2": _features,
+    "efficientnet_b": _features,
+    "convnext": _features,
+}
+
+
+def available_backbones() -> list[str]:
+    """Return the names of the torchvision CNNs that can be used."""
+    from torchvision import models
+
+    return [name for name in models.list_models(module=models) if name.startswith(tuple(FAMILIES))]
+
+
+def _build_network(backbone: str, weights: str | Path | None) -> nn.Module:
+    from torchvision import models
+
+    names = available_backbones()
+    if backbone not in names:
+        close = difflib.get_close_matches(backbone, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"families: {', '.join(FAMILIES)}"
+        raise ConfigError(f"backbone {backbone!r} is not a torchvision CNN that Captioner can use; {hint}")
+    if weights != "torchvision":
+        network: nn.Module = models.get_model(backbone, weights=None)
+        if weights is not None:
+            _load_weights(network, Path(weights), backbone)
+        return network
+    try:
+        return models.get_model(backbone, weights="DEFAULT")  # type: ignore[no-any-return]
+    except OSError as err:
+        raise CheckpointError(
+            f"{backbone}: torchvision could not download its ImageNet weights ({err}); "
+            "connect to the network, or name a safetensors file with them"
+        ) from err
+
+
+def _load_weights(network: nn.Module, path: Path, backbone: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file; name a safetensors file of {backbone}")
+    try:
+        network.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {err}") from err
+    except RuntimeError as err:
+        first = str(err).splitlines()[1].strip() if "\n" in str(err) else str(err)
+        raise CheckpointError(f"{path}: not the weights of torchvision's {backbone}: {first}") from err
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _halve_stride(stages: nn.Sequential, backbone: str) -> None:
+    """Take the last halving of the resolution away, and dilate what follows by 2 so that it sees as far as before.
+
+    The trick of dilated ("à trous") networks, Yu & Koltun 2016 and Chen et al. 2017, for any network whose layers run
+    in the order in which they are registered.
+    """
+    halving = {
+        name: module
+        for name, module in stages.named_modules()
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and _pair(module.stride)[0] == 2
+    }
+    main = [name for name, module in halving.items() if _pair(module.kernel_size)[0] > 1]
+    last = halving[main[-1]] if main else None
+    if isinstance(last, nn.MaxPool2d):  # VGG: the pooling itself goes; nothing follows it
+        stages[int(main[-1])] = nn.Identity()
+        return
+    if not isinstance(last, nn.Conv2d) or _pair(last.kernel_size)[0] % 2 == 0:
+        raise ConfigError(f"{backbone} has no stride of 16, only 32: its last halving cannot be taken out")
+    # A residual block halves twice side by side: in its main path and in its shortcut, a 1 x 1 convolution.
+    block = main[-1].split(".")[:2]
+    beside = [module for name, module in halving.items() if name.split(".")[:2] == block]
+    after = False
+    for module in stages.modules():
+        if module in beside:
+            module.stride = (1, 1)
+            after = after or module is last
+        elif after and isinstance(module, nn.Conv2d) and _pair(module.kernel_size)[0] > 1:
+            module.dilation = (2, 2)
+            module.padding = tuple(2 * pad for pad in _pair(module.padding))  # type: ignore[arg-type]
+
+
+class Encoder(nn.Module):
+    """A CNN cut before its pooling.
+
+    Args:
+        backbone: name of a torchvision classification CNN.
+        stride: model pixels per grid cell: 32, or 16 where the network allows it.
+        side_px: side of the square input, model pixels.
+        weights: "torchvision" (its ImageNet weights, downloaded once), the path of a safetensors file with the
+            state of the whole torchvision network, or None (random).
+
+    Attributes:
+        feature_dim: channels of a grid cell.
+        grid_hw: rows and columns of the grid.
+
+    Raises:
+        ConfigError: for an unknown network, or a stride or side that it does not allow.
+        CheckpointError: when the weights cannot be loaded.
+    """
+
+    def __init__(
+        self, *, backbone: str, stride: int = 32, side_px: int = 224, weights: str | Path | None = None
+    ) -> None:
+        super().__init__()
+        network = _build_network(backbone, weights)
+        cut = FAMILIES[max((family for family in FAMILIES if backbone.startswith(family)), key=len)]
+        self.stages = nn.Sequential(*cut(network))
+        if stride == 16:
+            _halve_stride(self.stages, backbone)
+        self.backbone = backbone
+        self.stride = stride
+        self.feature_dim, self.grid_hw = self._probe(side_px)
+        self._frozen_stages = 0
+
+    def _probe(self, side_px: int) -> tuple[int, tuple[int, int]]:
+        """Return channels and grid of an input of this side, without computing anything."""
+        shadow = copy.deepcopy(self.stages).to("meta").eval()
+        try:
+            shape = shadow(torch.empty(1, 3, side_px, side_px, device="meta")).shape
+        except RuntimeError as err:
+            raise ConfigError(f"side_px {side_px} is too small for {self.backbone}: {err}") from err
+        grid_hw = (int(shape[2]), int(shape[3]))
+        if abs(side_px / grid_hw[0] - self.stride) > self.stride / 2 and math.ceil(side_px / self.stride) > 1:
+            raise ConfigError(
+                f"{self.backbone} at side_px {side_px} gives a {grid_hw[0]} x {grid_hw[1]} grid, not one cell per "
+                f"{self.stride} px; choose a larger side_px"
+            )
+        return int(shape[1]), grid_hw
+
+    def set_trainable(self, last_stages: int | None = None) -> None:
+        """Choose which part is trained; the rest is frozen, the statistics of its batch norms included.
+
+        Args:
+            last_stages: how many stages, counted from the output, are trained: 0 none, None all.
+
+        Raises:
+            ConfigError: for a negative number, or more stages than there are.
+        """
+        count = len(self.stages)
+        trained = count if last_stages is None else last_stages
+        if not 0 <= trained <= count:
+            raise ConfigError(f"{self.backbone} has {count} stages; the last {last_stages} cannot be trained")
+        self._frozen_stages = count - trained
+        for index, stage in enumerate(self.stages):
+            stage.requires_grad_(index >= self._frozen_stages)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set the training mode; frozen stages stay in evaluation, so that their statistics keep still."""
+        super().train(mode)
+        for stage in list(self.stages)[: self._frozen_stages]:
+            stage.eval()
+        return self
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        """Look at the pictures.
+
+        Args:
+            pixels_B3SS: normalised pixels, float [B pictures, 3, S, S].
+
+        Returns:
+            grid_BPC: features of the P grid cells, row by row, C channels each.
+        """
+        maps_BCHW: Tensor = self.stages(pixels_B3SS)
+        return maps_BCHW.flatten(2).transpose(1, 2)

@@ -1,0 +1,50 @@
+"""The errors of Captioner. Each message names the thing, the fault and the remedy.
+
+    CaptionerError
+    ├── ImageError            a picture that cannot be used
+    │   ├── ImageReadError        not a picture, damaged, missing or unreadable
+    │   └── ImageTooLargeError    more pixels or bytes than the limit
+    ├── ConfigError           a setting out of its range, or two settings that exclude each other
+    ├── CheckpointError       a model folder that is missing, foreign, damaged or of another shape
+    ├── SearchError           a search that cannot give what was asked of it
+    ├── DataError             training data that cannot be used
+    └── MetricError           predictions and references that cannot be compared
+
+Every error of the library is one of these: `except CaptionerError` catches all of them.
+"""
+
+
+class CaptionerError(Exception):
+    """Base of every error that Captioner raises on purpose."""
+
+
+class ImageError(CaptionerError):
+    """A picture that cannot be used."""
+
+
+class ImageReadError(ImageError):
+    """The input is not a picture, is damaged, is missing, or cannot be read."""
+
+
+class ImageTooLargeError(ImageError):
+    """The picture has more pixels or bytes than the limit allows."""
+
+
+class ConfigError(CaptionerError):
+    """A setting is out of its range, or excludes another setting."""
+
+
+class CheckpointError(CaptionerError):
+    """A model folder is missing, foreign, damaged, or its weights have other names or shapes."""
+
+
+class SearchError(CaptionerError):
+    """The search cannot give what was asked of it."""
+
+
+class DataError(CaptionerError):
+    """Training data is missing, damaged, or not of the stated format."""
+
+
+class MetricError(CaptionerError):
+    """Predictions and references cannot be compared."""

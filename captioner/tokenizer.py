@@ -1,0 +1,159 @@
+"""Text ↔ ids over Hugging Face `tokenizers`; ids → readable words and sentence.
+
+A token is a lower-case word of letters and digits, with inner hyphens and apostrophes ("t-shirt", "o'clock"); a
+possessive is a token of its own ("man", "'s"). Punctuation is dropped: captions are read as one sentence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+from captioner.errors import CheckpointError, ConfigError, DataError
+
+PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
+SPECIAL_TOKENS = (PAD, START, END, UNKNOWN)
+_WORD = r"'s(?![\p{L}\p{N}])|[\p{L}\p{N}]+(?:[-'](?!s(?![\p{L}\p{N}]))[\p{L}\p{N}]+|-s(?![\p{L}\p{N}]))*"
+
+
+def _pipeline(vocabulary: dict[str, int]) -> HuggingFaceTokenizer:
+    tokenizer = HuggingFaceTokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex("[’‘ʼ`´]"), "'"), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
+    return tokenizer
+
+
+class Tokenizer:
+    """Words of one vocabulary. The ids of the special tokens are the same in every vocabulary.
+
+    Attributes:
+        pad_id: fills batches up; never predicted.
+        start_id: read before the first word; never predicted.
+        end_id: predicted after the last word.
+        unknown_id: stands for every word outside the vocabulary; never written.
+    """
+
+    pad_id, start_id, end_id, unknown_id = range(len(SPECIAL_TOKENS))
+
+    def __init__(self, backend: HuggingFaceTokenizer) -> None:
+        self._backend = backend
+        for index, token in enumerate(SPECIAL_TOKENS):
+            if backend.token_to_id(token) != index:
+                raise CheckpointError(
+                    f"tokenizer: {token} must have id {index}, got {backend.token_to_id(token)}; "
+                    "the vocabulary was not made by Captioner"
+                )
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], *, min_count: int = 5, max_size: int | None = None
+    ) -> Tokenizer:
+        """Make a vocabulary from captions.
+
+        Args:
+            captions: sentences.
+            min_count: a word that occurs less often is left out.
+            max_size: most tokens, special ones included; the rarest words are left out. None: no limit.
+
+        Returns:
+            The tokenizer; words by falling count, equal counts in alphabetical order.
+
+        Raises:
+            DataError: when no word is left.
+        """
+        if min_count < 1:
+            raise ConfigError(f"min_count must be at least 1, got {min_count}")
+        counts: Counter[str] = Counter()
+        splitter = cls(_pipeline({token: index for index, token in enumerate(SPECIAL_TOKENS)}))
+        for caption in captions:
+            counts.update(splitter.split(caption))
+        words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+        if max_size is not None:
+            words = words[: max(0, max_size - len(SPECIAL_TOKENS))]
+        if not words:
+            raise DataError(
+                f"vocabulary: of {len(counts)} different words none occurs {min_count} times; lower min_count"
+            )
+        return cls(_pipeline({token: index for index, token in enumerate((*SPECIAL_TOKENS, *words))}))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._backend.get_vocab_size())
+
+    def split(self, text: str) -> list[str]:
+        """Return the words of a text as the vocabulary spells them, known or not."""
+        normalised = self._backend.normalizer.normalize_str(text)
+        return [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(normalised)]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of the words of a text, without start and end; unknown words get `unknown_id`."""
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text that are not in the vocabulary, each once, in order."""
+        return list(dict.fromkeys(word for word in self.split(text) if not self.knows(word)))
+
+    def knows(self, word: str) -> bool:
+        """Return whether a word, spelt as `split` gives it, is in the vocabulary."""
+        return word not in SPECIAL_TOKENS and self._backend.token_to_id(word) is not None
+
+    def words(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Return one readable word per id, the first with a capital letter.
+
+        Args:
+            token_ids: ids without start, end and padding.
+
+        Returns:
+            As many words as ids.
+        """
+        words = [str(self._backend.id_to_token(token_id)) for token_id in token_ids]
+        if words:
+            words[0] = words[0][:1].upper() + words[0][1:]
+        return tuple(words)
+
+    def sentence(self, token_ids: Sequence[int]) -> str:
+        """Return the readable sentence: a capital first, possessives joined to their word, a full stop last.
+
+        Args:
+            token_ids: ids without start, end and padding.
+
+        Returns:
+            The sentence; empty for no ids.
+        """
+        text = " ".join(self.words(token_ids)).replace(" '", "'")
+        return f"{text}." if text else ""
+
+    def to_json(self) -> str:
+        """Return the text of `tokenizer.json`, in the format of the `tokenizers` library."""
+        return str(self._backend.to_str(pretty=True))
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "tokenizer.json") -> Tokenizer:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: the content of the file.
+            name: of the file, for the error message.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            CheckpointError: when the text is not a tokenizer, or not one of ours.
+        """
+        try:
+            backend = HuggingFaceTokenizer.from_str(text)
+        except Exception as err:  # the Rust library raises plain Exception
+            raise CheckpointError(f"{name}: not a tokenizer file of the tokenizers library: {err}") from err
+        return cls(backend)
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        path.write_text(self.to_json(), encoding="utf-8")
