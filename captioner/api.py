@@ -285,8 +285,6 @@ class _Input:
 
     def __init__(self, source: Source, config: ModelConfig, grid_hw: tuple[int, int]) -> None:
         side_px = config.preprocessing.side_px
-        if hasattr(source, "read"):  # a file can be read only once; its bytes serve the figure too
-            source = open_once(source)
         picture = open_picture(source, side_px=side_px)
         self.pixels = to_pixels(picture.image, config.preprocessing)
         self.geometry = Geometry(

@@ -104,6 +104,10 @@ class Tokenizer:
         """Return whether a word, spelt as `split` gives it, is in the vocabulary."""
         return word not in SPECIAL_TOKENS and self._backend.token_to_id(word) is not None
 
+    def word(self, token_id: int) -> str:
+        """Return the word of an id as the vocabulary spells it."""
+        return str(self._backend.id_to_token(token_id))
+
     def words(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Return one readable word per id, the first with a capital letter.
 
@@ -113,7 +117,7 @@ class Tokenizer:
         Returns:
             As many words as ids.
         """
-        words = [str(self._backend.id_to_token(token_id)) for token_id in token_ids]
+        words = [self.word(token_id) for token_id in token_ids]
         if words:
             words[0] = words[0][:1].upper() + words[0][1:]
         return tuple(words)

@@ -1,4 +1,7 @@
-"""`python -m training fit --config configs/NAME.yaml`: Lightning's command line over our module and data."""
+"""`python -m training fit --config configs/NAME.yaml` trains; `python -m training export` makes the model folder.
+
+`fit` is Lightning's command line over our module and data: every setting of both, and of the trainer, is an option.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from lightning.pytorch.cli import LightningCLI
 
 from captioner.errors import CaptionerError
+from training import export
 from training.data import Flickr8kDataModule
 from training.module import CaptionModule
 
@@ -18,6 +22,8 @@ def main() -> int:
         The exit status: 0 all well, 1 failed with a message of ours on standard error.
     """
     try:
+        if sys.argv[1:2] == ["export"]:
+            return export.main(sys.argv[2:])
         LightningCLI(
             CaptionModule,
             Flickr8kDataModule,

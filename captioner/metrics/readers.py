@@ -1,0 +1,285 @@
+"""Predictions and references from files, or a clear error with file, line and fault.
+
+Predictions: JSONL records as `captioner batch` writes them, or COCO results. References: Karpathy JSON, COCO captions
+JSON, a Flickr8k token file, or JSONL. The format is told from the content, not from the name of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from captioner.errors import MetricError
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference captions of a set of pictures.
+
+    Attributes:
+        captions: by the name of the picture.
+        names_by_id: from a COCO image id, as text, to that name; empty where the format has no ids.
+        source: the file, its format and split, for the protocol card.
+    """
+
+    captions: Mapping[str, Sequence[str]]
+    names_by_id: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    def name_of(self, picture: str) -> str:
+        """Return the name under which a picture of a prediction file is known here.
+
+        Args:
+            picture: a path, a file name or a COCO image id.
+
+        Returns:
+            The name; `picture` itself where nothing matches.
+        """
+        if picture in self.captions:
+            return picture
+        if picture in self.names_by_id:
+            return self.names_by_id[picture]
+        last = PurePosixPath(picture.replace("\\", "/")).name
+        return last if last in self.captions else picture
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write names for an error message: the first few, and how many more.
+
+    Args:
+        names: what to list, at least one.
+
+    Returns:
+        "a, b, c" or "a, b, c, d, e and 7 more".
+    """
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_predictions(path: Path | str, references: References) -> dict[str, str]:
+    """Read one caption per picture.
+
+    Args:
+        path: JSONL records `{"image", "caption", "error"}`, or COCO results `[{"image_id", "caption"}]`.
+        references: names the pictures: by path, file name or id.
+
+    Returns:
+        The caption of each picture, by the picture's name in the references.
+
+    Raises:
+        MetricError: the file is unreadable or damaged, a picture comes twice, or a record holds an error instead of
+            a caption.
+    """
+    text = _read(path)
+    if text.lstrip().startswith("["):
+        records = [(f"{path}: entry {i}", r, "image_id") for i, r in enumerate(_json(path, text), start=1)]
+    else:
+        records = [(f"{path}:{line}", r, "image") for line, r in _jsonl(path, text)]
+    captions: dict[str, str] = {}
+    twice: list[str] = []
+    failed: list[str] = []
+    for where, record, key in records:
+        picture = references.name_of(_name(where, record, key))
+        if isinstance(record.get("error"), dict):
+            failed.append(f"{picture}: {record['error'].get('message', record['error'])}")
+        elif record.get("error") is not None:
+            failed.append(f"{picture}: {record['error']}")
+        elif picture in captions:
+            twice.append(picture)
+        else:
+            captions[picture] = _text(where, record, "caption")
+    if failed:
+        raise MetricError(
+            f"{path}: {len(failed)} records hold an error instead of a caption ({listed(failed)}); "
+            "caption these pictures, or leave them out of predictions and references"
+        )
+    if twice:
+        raise MetricError(
+            f"{path}: {len(twice)} pictures are predicted twice ({listed(twice)}); keep one caption each"
+        )
+    return captions
+
+
+def read_references(
+    path: Path | str, *, split: str | None = None, only: Path | str | None = None
+) -> References:
+    """Read the reference captions of each picture.
+
+    Args:
+        path: Karpathy JSON, COCO captions JSON, Flickr8k token file, or JSONL `{"image", "captions"}`.
+        split: of a Karpathy JSON; default there: "test". The other formats have no splits.
+        only: text file with one picture name per line; the other pictures are left out.
+
+    Returns:
+        The captions by picture.
+
+    Raises:
+        MetricError: the file is unreadable, damaged or of no known format, the split or a picture of `only` is not
+            in it, or nothing is left.
+    """
+    text = _read(path)
+    if not text.lstrip().startswith("{"):
+        found, kind = _flickr(path, text), "Flickr8k token file"
+    elif (whole := _whole_object(path, text)) is None:
+        found, kind = _reference_lines(path, text), "JSONL"
+    elif "annotations" in whole:
+        found, kind = _coco(path, whole), "COCO captions"
+    else:
+        split = "test" if split is None else split
+        found, kind = _karpathy(path, whole, split), f"Karpathy JSON, split {split}"
+    if split is not None and not kind.startswith("Karpathy"):
+        raise MetricError(
+            f"{path}: split {split!r} was asked for, but a {kind} has no splits; leave the split out"
+        )
+    source = f"{Path(path).name} ({kind})"
+    captions = dict(found.captions)
+    if only is not None:
+        names = [line.strip() for line in _read(only).splitlines() if line.strip()]
+        unknown = [name for name in names if name not in captions]
+        if unknown:
+            raise MetricError(
+                f"{only}: {len(unknown)} pictures are not in {path} ({listed(unknown)}); correct the list"
+            )
+        captions = {name: captions[name] for name in names}
+        source += f", only {Path(only).name}"
+    if not captions:
+        raise MetricError(f"{path}: no picture with captions; expected references as {kind}")
+    return References(captions, found.names_by_id, source)
+
+
+def _read(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as err:
+        raise MetricError(f"{path}: cannot be read: {err.strerror}; give an existing file") from err
+    except UnicodeDecodeError as err:
+        raise MetricError(f"{path}: not UTF-8 text at byte {err.start}; save it as UTF-8") from err
+
+
+def _json(path: Path | str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as err:
+        line = getattr(err, "lineno", 1)
+        raise MetricError(f"{path}:{line}: not JSON: {getattr(err, 'msg', err)}; correct this line") from err
+
+
+def _jsonl(path: Path | str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not str.splitlines: it would also split at U+2028 and others, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as err:
+            raise MetricError(
+                f"{path}:{number}: not JSON: {getattr(err, 'msg', err)}; correct this line"
+            ) from err
+        if not isinstance(record, dict):
+            raise MetricError(f"{path}:{number}: expected an object with an image, got {line.strip()[:40]}")
+        yield number, record
+
+
+def _whole_object(path: Path | str, text: str) -> dict[str, Any] | None:
+    """Return the one object of a JSON file; None if the file is JSONL."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        record = json.loads(first)
+    except ValueError:
+        # The first line is no object of its own: an indented file, or a damaged one.
+        content = _json(path, text)
+        return content if isinstance(content, dict) else None
+    is_line = bool(rest) or (isinstance(record, dict) and "image" in record)
+    return None if is_line else record
+
+
+def _name(where: str, record: Any, key: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise MetricError(f"{where}: no {key!r}; expected a name or a number")
+    return str(value)
+
+
+def _text(where: str, record: Any, key: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        raise MetricError(f"{where}: {key!r} must be text, got {value!r}")
+    return value
+
+
+def _list(where: str, record: Any, key: str) -> list[Any]:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, list) or not value:
+        raise MetricError(f"{where}: {key!r} must be a list with at least one entry, got {value!r:.40}")
+    return value
+
+
+def _add(captions: dict[str, list[str]], where: str, name: str, sentences: list[str]) -> None:
+    if name in captions:
+        raise MetricError(f"{where}: picture {name} comes twice; keep one entry per picture")
+    captions[name] = sentences
+
+
+def _reference_lines(path: Path | str, text: str) -> References:
+    captions: dict[str, list[str]] = {}
+    for line, record in _jsonl(path, text):
+        where = f"{path}:{line}"
+        sentences = _list(where, record, "captions")
+        if not all(isinstance(s, str) for s in sentences):
+            raise MetricError(f"{where}: 'captions' must be texts")
+        _add(captions, where, _name(where, record, "image"), sentences)
+    return References(captions)
+
+
+def _flickr(path: Path | str, text: str) -> References:
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        key, tab, sentence = line.rstrip("\r").partition("\t")
+        name, sharp, index = key.rpartition("#")
+        if not (tab and sharp and name and index.isdigit()):
+            raise MetricError(
+                f"{path}:{number}: no reference line; expected NAME.jpg#N<TAB>caption, or one of Karpathy JSON, "
+                f"COCO captions JSON and JSONL; got {line.strip()[:40]!r}"
+            )
+        captions.setdefault(name, []).append(sentence.strip())
+    return References(captions)
+
+
+def _coco(path: Path | str, content: dict[str, Any]) -> References:
+    names: dict[str, str] = {}
+    for i, image in enumerate(content.get("images", []), start=1):
+        where = f"{path}: image {i}"
+        names[_name(where, image, "id")] = _name(where, image, "file_name")
+    captions: dict[str, list[str]] = {}
+    for i, record in enumerate(_list(str(path), content, "annotations"), start=1):
+        where = f"{path}: annotation {i}"
+        number = _name(where, record, "image_id")
+        captions.setdefault(names.get(number, number), []).append(_text(where, record, "caption"))
+    return References(captions, names)
+
+
+def _karpathy(path: Path | str, content: dict[str, Any], split: str) -> References:
+    captions: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    splits: dict[str, None] = {}
+    for i, image in enumerate(_list(str(path), content, "images"), start=1):
+        where = f"{path}: image {i}"
+        splits[_text(where, image, "split")] = None
+        if image["split"] != split:
+            continue
+        name = _name(where, image, "filename")
+        _add(captions, where, name, [_text(where, s, "raw") for s in _list(where, image, "sentences")])
+        for key in ("cocoid", "imgid"):
+            if key in image:
+                names[_name(where, image, key)] = name
+                break
+    if split not in splits:
+        raise MetricError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
+    return References(captions, names)

@@ -1,0 +1,244 @@
+"""The demands on a caption's words as one finite automaton that reads the caption word by word.
+
+A state is a pair of a node, the longest end of the text that may still become a phrase (Aho & Corasick 1975),
+and the set of required phrases that have occurred. With it "can this caption still be completed in the words
+that are left?" is a table, so that the search never walks into a dead end that phrases make.
+
+S states, M sets of phrases and N nodes, with S = N x M + 1; A classes of words: all words that no phrase
+names behave alike and share one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captioner.errors import SearchError
+from captioner.search.demands import Demands
+from captioner.search.hypothesis import SearchVocabulary
+
+START = 0
+OTHER, FORBIDDEN, END = 0, 1, 2
+NAMED = 3
+TABLE_LIMIT = 4_000_000  # entries of next_SA; ten required phrases of three words make one million
+
+_Text = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Automaton:
+    """The automaton as tables. State `START` is the empty caption; the last state is dead: a demand is
+    broken.
+
+    Args:
+        class_V: int64, the class of every token.
+        next_SA: int64, the state after a word of each class.
+        met_S: bool, True where every required phrase has occurred.
+        bank_S: int64; 0, 1, 2, ... in the order of how many words of required phrases are in place. The last
+            bank holds the states in which all have occurred.
+        banks: number of banks.
+        named_ids: the tokens that phrases name and that may be written.
+    """
+
+    class_V: Tensor
+    next_SA: Tensor
+    met_S: Tensor
+    bank_S: Tensor
+    banks: int
+    named_ids: tuple[int, ...]
+
+    def completable(self, *, min_words: int, max_words: int) -> Tensor:
+        """Tell from which states a caption can still be completed.
+
+        Args:
+            min_words: fewest words of a caption.
+            max_words: most words of a caption.
+
+        Returns:
+            bool [max_words + 2, S]: row n is True where a caption of n words in this state can be ended at
+            once or continued so that every demand is met in time. No caption has max_words + 1 words: the
+            last row is False.
+        """
+        used_A = torch.bincount(self.class_V, minlength=self.next_SA.shape[1]) > 0
+        used_A[[FORBIDDEN, END]] = False
+        after_SA = self.next_SA[:, used_A]
+        table_TS = torch.zeros(max_words + 2, len(self.met_S), dtype=torch.bool)
+        for words in range(max_words, -1, -1):
+            table_TS[words] = table_TS[words + 1][after_SA].any(dim=1)
+            if words >= min_words:
+                table_TS[words] |= self.met_S
+        return table_TS
+
+
+def build_automaton(demands: Demands, vocabulary: SearchVocabulary) -> Automaton:
+    """Build the automaton of must_include, ban and, inside required phrases, no_repeat_ngram.
+
+    Args:
+        demands: what is asked; the numbers of words play no part here.
+        vocabulary: which tokens there are and which are never written.
+
+    Returns:
+        The automaton.
+
+    Raises:
+        SearchError: when the phrases are so many that the tables would be too large.
+    """
+    never = {vocabulary.start_id, vocabulary.end_id, *vocabulary.never_ids}
+    # A ban that has a token which is never written is obeyed by itself; a single word needs no memory.
+    bans = [phrase.token_ids for phrase in demands.ban if not never & {*phrase.token_ids}]
+    forbidden = never | {ban[0] for ban in bans if len(ban) == 1}
+    bans = [ban for ban in bans if not forbidden & {*ban}]
+    required = _outermost(phrase.token_ids for phrase in demands.must_include)
+    grams = {gram for text in required for gram in _ngrams(text, demands.no_repeat_ngram)}
+    trie = _Trie([*bans, *required, *grams], never=forbidden, required=len(required))
+    class_V = torch.full((vocabulary.size,), OTHER)
+    class_V[sorted(forbidden)] = FORBIDDEN
+    class_V[vocabulary.end_id] = END
+    class_V[trie.named] = torch.arange(NAMED, trie.classes)
+    bank_NM = _progress(trie, required)
+    progress, bank_S = torch.unique(torch.cat([bank_NM.flatten(), bank_NM.new_zeros(1)]), return_inverse=True)
+    met_NM = torch.zeros_like(bank_NM, dtype=torch.bool)
+    met_NM[:, -1] = True
+    return Automaton(
+        class_V=class_V,
+        next_SA=_transitions(trie, bans=bans, required=required, ngram=demands.no_repeat_ngram),
+        met_S=torch.cat([met_NM.flatten(), met_NM.new_zeros(1)]),
+        bank_S=bank_S,
+        banks=len(progress),
+        named_ids=tuple(trie.named),
+    )
+
+
+class _Trie:
+    """The nodes: every beginning of every pattern, the empty one first, shorter ones before longer ones."""
+
+    def __init__(self, patterns: Iterable[_Text], *, never: set[int], required: int) -> None:
+        texts = {(), *(text[:end] for text in patterns for end in range(1, len(text) + 1))}
+        self.nodes = sorted(texts, key=lambda text: (len(text), text))
+        self.named = sorted({token for text in texts for token in text} - never)
+        self.classes = NAMED + len(self.named)
+        self.class_of = {token: NAMED + place for place, token in enumerate(self.named)}
+        if len(self.nodes) * self.classes << required > TABLE_LIMIT:
+            raise SearchError(
+                f"must_include and ban are too much to search with: {required} required phrases, "
+                f"{len(self.named)} different words in phrases; name fewer"
+            )
+        self.next_NA = self._link({text: node for node, text in enumerate(self.nodes)})
+
+    def _link(self, node_of: dict[_Text, int]) -> Tensor:
+        next_NA = torch.zeros(len(self.nodes), self.classes, dtype=torch.int64)
+        children: dict[_Text, list[tuple[int, int]]] = {text: [] for text in self.nodes}
+        for node, text in enumerate(self.nodes[1:], start=1):
+            if text[-1] in self.class_of:
+                children[text[:-1]].append((self.class_of[text[-1]], node))
+        for node, text in enumerate(self.nodes):
+            if text:
+                # A word that does not go on with this text may go on with an end of it: "a a dog" has "a
+                # dog".
+                next_NA[node] = next_NA[next(node_of[end] for end in _ends(text[1:]) if end in node_of)]
+            for place, child in children[text]:
+                next_NA[node, place] = child
+        return next_NA
+
+    def ending_with(self, end: _Text) -> Tensor:
+        """Return bool [N]: which nodes end with these words."""
+        return torch.tensor([text[len(text) - len(end) :] == end for text in self.nodes])
+
+
+def _ends(text: _Text) -> Iterator[_Text]:
+    """Yield all ends of a text, itself first and the empty one last."""
+    return (text[start:] for start in range(len(text) + 1))
+
+
+def _ngrams(text: _Text, length: int) -> list[_Text]:
+    """Return the sequences of this many words, in order; none when the length is 0."""
+    return [text[start : start + length] for start in range(len(text) - length + 1)] if length else []
+
+
+def _outermost(texts: Iterable[_Text]) -> list[_Text]:
+    """Drop repeated phrases and those that stand within another: they are met with it."""
+    unique = list(dict.fromkeys(texts))
+    return [
+        text
+        for text in unique
+        if not any(other != text and text in _ngrams(other, len(text)) for other in unique)
+    ]
+
+
+def _sets(count: int) -> Tensor:
+    """Return int64 [M]: every set of so many phrases as a bit mask; the last holds all."""
+    return torch.arange(1 << count)
+
+
+def _progress(trie: _Trie, required: list[_Text]) -> Tensor:
+    """Return int64 [N, M]: words of phrases that have occurred, and of the open phrase that is furthest."""
+    met_M = _sets(len(required))
+    whole_NM = torch.zeros(len(trie.nodes), len(met_M), dtype=torch.int64)
+    part_NM = whole_NM.clone()
+    for bit, text in enumerate(required):
+        is_met_M = (met_M >> bit & 1).bool()
+        whole_NM += is_met_M * len(text)
+        part_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
+        for length in range(1, len(text)):
+            part_N[trie.ending_with(text[:length])] = length
+        part_NM = part_NM.maximum(part_N[:, None] * ~is_met_M)
+    return whole_NM + part_NM
+
+
+def _transitions(trie: _Trie, *, bans: list[_Text], required: list[_Text], ngram: int) -> Tensor:
+    """Return next_SA: the node moves in the trie, complete phrases join the set, a broken demand is dead."""
+    met_M = _sets(len(required))
+    dead = len(trie.nodes) * len(met_M)
+    gained_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
+    for bit, text in enumerate(required):
+        gained_N[trie.ending_with(text)] |= 1 << bit
+    banned_N = torch.zeros(len(trie.nodes), dtype=torch.bool)
+    for ban in bans:
+        banned_N |= trie.ending_with(ban)
+    met_NMA = met_M[None, :, None] | gained_N[trie.next_NA][:, None, :]
+    next_NMA = trie.next_NA[:, None, :] * len(met_M) + met_NMA
+    next_NMA.masked_fill_(banned_N[trie.next_NA][:, None, :], dead)
+    next_NMA[:, :, FORBIDDEN] = dead
+    if ngram:
+        open_NA, done_NA = _repeats(trie, required=required, ngram=ngram)
+        breaks = (open_NA[:, None, :] & ~met_M[None, :, None]) | (done_NA[:, None, :] & met_M[None, :, None])
+        next_NMA.masked_fill_(breaks != 0, dead)
+    next_SA = torch.cat([next_NMA.flatten(0, 1), torch.full((1, trie.classes), dead)])
+    next_SA[:, END] = torch.arange(len(next_SA))
+    return next_SA
+
+
+def _repeats(trie: _Trie, *, required: list[_Text], ngram: int) -> tuple[Tensor, Tensor]:
+    """Find the moves that no_repeat_ngram forbids because of a required phrase.
+
+    The phrase needs its n-grams for itself. While it is open, an n-gram of it may only be written as part of
+    it, and once its first is written it must be gone through to its end; when it has occurred, none may be
+    written again.
+
+    Args:
+        trie: the nodes.
+        required: the phrases.
+        ngram: n.
+
+    Returns:
+        Two int64 [N, A] of phrases as bits: which phrase, while open, forbids the move; which, when it has
+        occurred.
+    """
+    open_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
+    done_N = open_N.clone()
+    abandons_NA = torch.zeros_like(trie.next_NA)
+    for bit, text in enumerate(required):
+        for end, gram in enumerate(_ngrams(text, ngram), start=ngram):
+            written_N, in_place_N = trie.ending_with(gram), trie.ending_with(text[:end])
+            done_N[written_N] |= 1 << bit
+            open_N[written_N & ~in_place_N] |= 1 << bit
+            if end < len(text):
+                others_A = torch.ones(trie.classes, dtype=torch.bool)
+                if text[end] in trie.class_of:
+                    others_A[trie.class_of[text[end]]] = False
+                abandons_NA[in_place_N[:, None] & others_A] |= 1 << bit
+    # The end token comes only when every phrase has occurred, so its column is never looked at.
+    return open_N[trie.next_NA] | abandons_NA, done_N[trie.next_NA]
