@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from captioner.caption import Caption
 from captioner.checkpoint import Checkpoint, save_checkpoint
 from captioner.config import EncoderConfig, ModelConfig, PreprocessingConfig, SearchOptions
 from captioner.errors import CheckpointError
-from captioner.metrics import Evaluation, evaluate
+from captioner.metrics import Evaluation, evaluate, java
 from captioner.model import CaptionModel, build_model
 from captioner.tokenizer import Tokenizer
 from training.augmentation import Augmentation
 from training.data import CaptionedPicture, Flickr8kDataModule
 
 _PREFIX = "model."
+SAMPLES = 20
 # Settings objects that Lightning writes into its checkpoints; nothing else is unpickled.
 _SETTINGS = [EncoderConfig, SearchOptions, PreprocessingConfig, Augmentation]
 
@@ -120,7 +121,8 @@ class CardFacts:
         data_sha256: of names and captions.
         evaluation: on pictures that it was not trained on.
         search: how they were captioned.
-        run: settings of the run.
+        samples: names and captions of pictures that were not chosen for it.
+        notes: on the training, such as time and machine.
     """
 
     name: str
@@ -129,7 +131,8 @@ class CardFacts:
     data_sha256: str
     evaluation: Evaluation
     search: SearchOptions
-    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    samples: Sequence[tuple[str, str]] = ()
+    notes: str = ""
 
 
 def model_card(model: CaptionModel, facts: CardFacts) -> str:
@@ -146,8 +149,11 @@ def model_card(model: CaptionModel, facts: CardFacts) -> str:
     def millions(module: nn.Module) -> str:
         return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
 
-    config, scores = model.config, facts.evaluation.scores
-    rows = "\n".join(f"| {metric} | {value:.1f} |" for metric, value in scores.items())
+    config, scores, language = model.config, facts.evaluation.scores, facts.evaluation.language
+    rows = "\n".join(
+        f"| {metric} | {value:.1f} | {_interval(facts.evaluation, metric)} |" for metric, value in scores.items()
+    )
+    samples = "\n".join(f"| {name} | {text} |" for name, text in facts.samples)
     settings = json.dumps(dataclasses.asdict(config.decoder_settings))
     chosen = {k: v for k, v in facts.search.to_dict().items() if v != getattr(SearchOptions(), k)}
     return f"""# {facts.name}
@@ -168,9 +174,12 @@ On the dev split, not trained on; {facts.evaluation.card.pictures} pictures,
 {facts.evaluation.card.references} references; beam {facts.search.beam_size}, other search settings as by default{
     "" if set(chosen) <= {"beam_size"} else f" but {chosen}"}; x100.
 
-| metric | score |
-|---|---|
+| metric | score | 95 % interval |
+|---|---|---|
 {rows}
+
+Distinct captions {language.distinct:.1%}, with a phrase said twice {language.repeated:.1%}, broken off
+{language.unfinished:.1%}, mean length {language.mean_words:.1f} words, {language.vocabulary} different words used.
 
 Tokenizer: {facts.evaluation.card.tokenizer}. CIDEr-D document frequencies:
 {facts.evaluation.card.document_frequencies}. The split was also watched during training to choose what ships, so the
@@ -182,7 +191,15 @@ scores lean a little to the good side.
 
 * Command: `{facts.command}`
 * SHA-256 of names and captions: `{facts.data_sha256}`
-* Lightning {lightning.__version__}, torch {torch.__version__}; settings of the run: {json.dumps(dict(facts.run))}
+* Lightning {lightning.__version__}, torch {torch.__version__}. {facts.notes}
+
+## What it writes
+
+The first {len(facts.samples)} pictures of the split, not chosen:
+
+| picture | caption |
+|---|---|
+{samples}
 
 ## Use, and what it does not know
 
@@ -196,6 +213,11 @@ scores lean a little to the good side.
 """
 
 
+def _interval(evaluation: Evaluation, metric: str) -> str:
+    interval = evaluation.intervals.get(metric)
+    return "" if interval is None else f"{interval.low:.1f} to {interval.high:.1f}"
+
+
 def export(
     checkpoints: Sequence[Path],
     folder: Path,
@@ -205,6 +227,7 @@ def export(
     command: str,
     search: SearchOptions,
     half: bool,
+    notes: str = "",
 ) -> Evaluation:
     """Write the model folder of a run, evaluated as it ships.
 
@@ -216,6 +239,7 @@ def export(
         command: that trained it, for the card.
         search: how the dev pictures are captioned.
         half: store matrices as float16.
+        notes: for the card, such as time and machine.
 
     Returns:
         The scores.
@@ -231,8 +255,7 @@ def export(
     captioner = Captioner.load(folder)  # with the rounding of the stored weights
     given = {k: v for k, v in search.to_dict().items() if v != getattr(SearchOptions(), k)}
     predictions = caption_pictures(captioner, data.pictures["dev"], **given)
-    evaluation = evaluate(predictions, data.references())
-    content_epochs = [path.stem for path in checkpoints]
+    evaluation = evaluate(predictions, data.references(), meteor=java.missing("METEOR") is None)
     card = model_card(
         captioner.model,
         CardFacts(
@@ -243,7 +266,8 @@ def export(
             data_sha256=data.data_hash(),
             evaluation=evaluation,
             search=search,
-            run={"checkpoints": content_epochs},
+            samples=list(predictions.items())[:SAMPLES],
+            notes=notes,
         ),
     )
     save_checkpoint(Checkpoint(trained.model, trained.tokenizer, card), folder, half=half)
@@ -268,6 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", default="Captioner model", help="name on the card")
     parser.add_argument("--command", required=True, help="command that trained it, for the card")
     parser.add_argument("--beam-size", type=int, default=SearchOptions().beam_size)
+    parser.add_argument("--notes", default="", help="for the card, such as time and machine")
     parser.add_argument("--half", action="store_true", help="store matrices as float16")
     given = parser.parse_args(arguments)
     evaluation = export(
@@ -278,6 +303,7 @@ def main(arguments: Sequence[str]) -> int:
         command=given.command,
         search=SearchOptions(beam_size=given.beam_size),
         half=given.half,
+        notes=given.notes,
     )
     sys.stdout.write(evaluation.table() + "\n")
     return 0
