@@ -6,8 +6,9 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
 from captioner.images import Source, open_picture
 from captioner.preprocessing import to_pixels
-from captioner.search import Hypothesis, Phrase, SearchVocabulary, score_tokens, search, stream
+from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord, score_tokens, search, stream
 from captioner.tokenizer import Tokenizer
 
 
@@ -122,14 +123,14 @@ class Captioner:
             ConfigError: at once, for an impossible argument or option.
             SearchError: at once, for a word that the model does not know.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
         if on_error not in ("raise", "return"):
             raise ConfigError(f"on_error must be 'raise' or 'return', got {on_error!r}")
-        if isinstance(pictures, str | bytes | os.PathLike) or not isinstance(pictures, Iterable):
+        if _is_one_picture(pictures) or not isinstance(pictures, Iterable):
             raise ConfigError(
-                f"pictures must be an iterable of pictures, such as a list of paths, got {type(pictures).__name__}; "
-                "for one picture use caption()"
+                "pictures must be an iterable of pictures, such as a list of paths, got one "
+                f"{type(pictures).__name__}; for one picture use caption()"
             )
         return self._caption_stream(iter(pictures), batch_size, on_error, *self._search_arguments(options))
 
@@ -171,26 +172,32 @@ class Captioner:
         Raises:
             ImageError: at once, when the picture cannot be read.
             ConfigError: at once, for an impossible option, or a beam search, whose words are known only at its end.
-            SearchError: when no caption can be as the options ask.
+            SearchError: when no caption can be as the options ask; at once, where that does not depend on what
+                the model writes.
         """
         chosen, _, ban = self._search_arguments({"method": "greedy", **options})
-        if chosen.method == "beam":
-            raise ConfigError("a beam search cannot be streamed: its words are known only at its end; "
-                              "use method='greedy' or method='sample'")
         prepared = self._prepare(picture)
-        return self._stream_words(prepared, chosen, ban)
+        # It checks the options and starts the search here and now, not when the first word is asked for.
+        found = stream(
+            self.model.decoder,
+            self._encode([prepared]),
+            vocabulary=self._vocabulary,
+            options=chosen,
+            ban=ban,
+        )
+        return self._readable(found)
 
-    def _stream_words(self, prepared: _Input, options: SearchOptions, ban: Sequence[Phrase]) -> Iterator[Word]:
-        found = stream(self.model.decoder, self._encode([prepared]), vocabulary=self._vocabulary, options=options, ban=ban)
+    def _readable(self, found: Iterator[StreamedWord]) -> Iterator[Word]:
         for index, word in enumerate(found):
-            # The first word has the capital letter.
-            text = self.tokenizer.words([word.token_id])[0] if index == 0 else self.tokenizer.word(word.token_id)
+            text = self.tokenizer.word(word.token_id)
+            if index == 0:  # the one with the capital letter
+                (text,) = self.tokenizer.words([word.token_id])
             yield make_word(
                 text,
                 word.log_probability,
                 word.attention_P.numpy(),
                 word.attention_heads_LHP.numpy(),
-                prepared.geometry.grid_hw,
+                self.model.encoder.grid_hw,
             )
 
     def score(self, picture: Source, sentence: str) -> Caption:
@@ -285,13 +292,43 @@ class _Input:
 
     def __init__(self, source: Source, config: ModelConfig, grid_hw: tuple[int, int]) -> None:
         side_px = config.preprocessing.side_px
-        picture = open_picture(source, side_px=side_px)
+        recording = _Recording(source) if hasattr(source, "read") else None
+        picture = open_picture(cast(Source, recording or source), side_px=side_px)
         self.pixels = to_pixels(picture.image, config.preprocessing)
-        self.geometry = Geometry(
-            picture_hw_px=picture.full_hw_px, input_hw_px=(side_px, side_px), grid_hw=grid_hw
-        )
-        # A relative path would mean another file once the program changes its folder.
-        self.source = Path(source).absolute() if isinstance(source, str | os.PathLike) else source
+        self.geometry = Geometry(picture_hw_px=picture.full_hw_px, input_hw_px=(side_px, side_px), grid_hw=grid_hw)
+        self.source: Source = source
+        if recording is not None:
+            self.source = b"".join(recording.chunks)
+        elif isinstance(source, str | os.PathLike):
+            # A relative path would mean another file once the program changes its folder.
+            self.source = Path(source).absolute()
+
+
+class _Recording:
+    """A binary file that keeps what is read from it, since it can be read only once.
+
+    Args:
+        file: to read from.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.name = getattr(file, "name", None)
+        self.chunks: list[bytes] = []
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes of the file, at most `size`."""
+        chunk: bytes = self._file.read(size)
+        if isinstance(chunk, bytes | bytearray | memoryview):  # else `open_picture` says what is wrong with it
+            self.chunks.append(bytes(chunk))
+        return chunk
+
+
+def _is_one_picture(value: object) -> bool:
+    """Return whether a value is a picture of its own, though it can be iterated over: its bytes, lines or rows."""
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype == np.uint8):
+        return value.ndim < 4
+    return isinstance(value, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(value, "read")
 
 
 def search_vocabulary(tokenizer: Tokenizer) -> SearchVocabulary:
@@ -310,7 +347,7 @@ def _device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as err:  # as the missing backend says it
+        torch.zeros(1, device=device).item()  # a device without storage, such as "meta", fails here
+    except Exception as err:  # every backend that is missing says so in its own way
         raise ConfigError(f"device {name!r} is not there; use 'auto', 'cpu' or a GPU of this machine") from err
     return device

@@ -1,10 +1,11 @@
 """One attention read that returns its weights: additive and multi-head.
 
-Shapes: B pictures; N rows, R = N / B of them for each picture and side by side; T steps; P grid cells; C channels; H
-heads; D width of a head.
+Shapes: B pictures; N rows, R = N / B of them for each picture and side by side; T steps; P grid cells; C
+channels; H heads; D width of a head.
 
-What of the grid does not depend on the words (keys and values) is computed once per picture, in `remember`, and shared
-by all rows of the picture: the hypotheses of a beam in search, the captions of a picture in training.
+What of the grid does not depend on the words (keys and values) is computed once per picture, in `remember`,
+and shared by all rows of the picture: the hypotheses of a beam in search, the captions of a picture in
+training.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class PictureRows:
 
 
 class AdditiveAttention(nn.Module):
-    """Soft attention with a one-layer network as the score (Bahdanau et al. 2015; Xu et al. 2015, eq. 4 to 6, 13).
+    """Soft attention, scored by a one-layer network (Bahdanau et al. 2015; Xu et al. 2015, eq. 4 to 6, 13).
 
     e_i = w · tanh(W_a a_i + W_h h + b),  alpha = softmax(e),  z = sum_i alpha_i a_i
 
@@ -92,7 +93,7 @@ class AdditiveAttention(nn.Module):
         self.score = nn.Linear(hidden_dim, 1, bias=False)
 
     def remember(self, grid_BPC: Tensor) -> GridMemory:
-        """Compute what does not depend on the words: keys [B, P, hidden]; the values are the features themselves."""
+        """Compute the keys [B, P, hidden] of the pictures once; the values are the features themselves."""
         return GridMemory(self.key(grid_BPC), grid_BPC)
 
     def forward(self, state_ND: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ class AdditiveAttention(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Scaled dot-product attention of several heads over a grid (Vaswani et al. 2017, eq. 1 and section 3.2.2).
+    """Scaled dot-product attention of several heads over a grid (Vaswani et al. 2017, eq. 1, section 3.2.2).
 
     Args:
         dim: width of queries, keys, values and output.
@@ -150,12 +151,12 @@ class MultiHeadAttention(nn.Module):
             output_NTD, and weights_NHTP, float32, non-negative, each row of P sums to 1.
         """
         rows_N, steps, dim = state_NTD.shape
-        pictures = memory.keys.shape[0]
+        pictures, rows_R = memory.keys.shape[0], memory.rows_per_picture(rows_N)
         # The rows of a picture are only more queries to the same keys: [B, H, R * T, D].
         query = self.query(state_NTD).reshape(pictures, -1, self.heads, self.head_dim).transpose(1, 2)
         scores = (query * self.head_dim**-0.5) @ memory.keys.transpose(-2, -1)
         weights = scores.float().softmax(dim=-1)
         read = (self.dropout(weights).to(memory.values.dtype) @ memory.values).transpose(1, 2)
         output_NTD = self.output(read.reshape(rows_N, steps, dim))
-        weights_BHRTP = weights.unflatten(2, (memory.rows_per_picture(rows_N), steps))
+        weights_BHRTP = weights.unflatten(2, (rows_R, steps))
         return output_NTD, weights_BHRTP.transpose(1, 2).flatten(0, 1)

@@ -108,6 +108,8 @@ def load_checkpoint(source: str | os.PathLike[str] | None = None) -> Checkpoint:
     contents = {name: _read_checked(folder, name, description) for name in (WEIGHTS, TOKENIZER)}
     try:
         config = ModelConfig.from_dict(description["model"])
+        with torch.device("meta"):  # no time is spent on random weights that are replaced at once
+            model = build_model(config)
     except ConfigError as err:
         raise CheckpointError(f"{folder / CONFIG}: {err}") from err
     tokenizer = Tokenizer.from_json(_text(contents[TOKENIZER], folder / TOKENIZER), name=str(folder / TOKENIZER))
@@ -116,11 +118,9 @@ def load_checkpoint(source: str | os.PathLike[str] | None = None) -> Checkpoint:
             f"{folder}: {TOKENIZER} has {tokenizer.vocabulary_size} tokens but {CONFIG} says "
             f"{config.vocabulary_size}; the two are not of one model"
         )
-    with torch.device("meta"):  # no time is spent on random weights that are replaced at once
-        model = build_model(config)
     _fill(model, contents[WEIGHTS], folder / WEIGHTS)
     card = folder / CARD
-    return Checkpoint(model.eval(), tokenizer, card.read_text(encoding="utf-8") if card.is_file() else "")
+    return Checkpoint(model.eval(), tokenizer, _text(_read(card), card) if card.exists() else "")
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
@@ -142,15 +142,16 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD]))
     except HFValidationError as err:
         raise CheckpointError(f"{hub_id}: neither a folder nor a valid hub id: {err}") from err
-    except HfHubHTTPError as err:
+    except Exception as err:  # besides OSError whatever the network library raises, such as a proxy's refusal
+        # In older versions of the library an HfHubHTTPError also stands for "offline, and not in the cache".
+        if isinstance(err, HfHubHTTPError) and not isinstance(err, LocalEntryNotFoundError):
+            raise CheckpointError(
+                f"{hub_id}: no such folder here, and the Hugging Face hub refused it: {_first_line(err)}; "
+                "check the id, and log in if the model is private"
+            ) from err
         raise CheckpointError(
-            f"{hub_id}: no such folder here, and the Hugging Face hub refused it: {_first_line(err)}; "
-            "check the id, and log in if the model is private"
-        ) from err
-    except (LocalEntryNotFoundError, OSError) as err:
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, and the Hugging Face hub cannot be reached (offline?); connect to the "
-            f"network once, or name a local folder: {_first_line(err)}"
+            f"{hub_id}: no such folder here, and the Hugging Face hub cannot be reached (offline?); connect "
+            f"to the network once, or name a local folder: {_first_line(err)}"
         ) from err
 
 
@@ -165,7 +166,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{folder / CONFIG}: damaged: not JSON: {err}") from err
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / CONFIG}: not of a Captioner model; expected \"format\": \"{FORMAT}\"")
+        raise CheckpointError(f'{folder / CONFIG}: not of a Captioner model; expected "format": "{FORMAT}"')
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -173,7 +174,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}; upgrade with: pip install -U captioner"
         )
     if not isinstance(description.get("sha256"), dict) or not isinstance(description.get("model"), dict):
-        raise CheckpointError(f"{folder / CONFIG}: damaged: it needs \"model\" and \"sha256\"")
+        raise CheckpointError(f'{folder / CONFIG}: damaged: it needs "model" and "sha256"')
     return description
 
 
@@ -214,13 +215,13 @@ def _fill(model: CaptionModel, content: bytes, path: Path) -> None:
     wanted = model.state_dict()
     for fault, names in (("lacks", wanted.keys() - weights.keys()), ("has unknown", weights.keys() - wanted.keys())):
         if names:
-            raise CheckpointError(
-                f"{path}: not of this model: it {fault} {len(names)} weights, such as {min(names)}"
-            )
-    for name, value in weights.items():
+            raise CheckpointError(f"{path}: not of this model: it {fault} {len(names)} weights, such as {min(names)}")
+    for name, value in sorted(weights.items()):
         if value.shape != wanted[name].shape:
             raise CheckpointError(
                 f"{path}: not of this model: {name} is {list(value.shape)}, expected {list(wanted[name].shape)}"
             )
+        if value.is_floating_point() != wanted[name].is_floating_point():
+            raise CheckpointError(f"{path}: not of this model: {name} is {value.dtype}, expected {wanted[name].dtype}")
         weights[name] = value.float() if value.is_floating_point() else value
     model.load_state_dict(weights, strict=True, assign=True)

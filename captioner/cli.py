@@ -6,9 +6,12 @@ Exit status: 0 all well, 1 failed, 2 wrong usage, 3 some pictures failed (each n
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import inspect
+import io
 import json
+import os
 import re
 import sys
 import types
@@ -67,8 +70,12 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as err:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from err
-        except BrokenPipeError as err:  # the reader, such as `head`, has seen enough
-            sys.stderr.close()
+        except OSError as err:  # our own errors stand for all others: this is standard output
+            if err.errno == errno.EPIPE:  # its reader, such as `head`, has seen enough: Typer ends quietly
+                raise
+            complain(f"standard output cannot be written: {err.strerror or err}")
+            # What is left in its buffer would fail once more when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(FAILED) from err
 
     return run
@@ -80,7 +87,9 @@ def search_options(command: Callable[..., None]) -> Callable[..., None]:
     Names, types, defaults and help are read from the settings class, so that they are the same in Python and here.
     """
     hints = typing.get_type_hints(SearchOptions)
-    help_texts = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", SearchOptions.__doc__ or "", re.MULTILINE))
+    # `getdoc`, since compilers from Python 3.13 on take the indentation out of docstrings.
+    docstring = inspect.getdoc(SearchOptions) or ""
+    help_texts = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", docstring, re.MULTILINE))
     added = []
     for field in dataclasses.fields(SearchOptions):
         kind = hints[field.name]
@@ -93,10 +102,9 @@ def search_options(command: Callable[..., None]) -> Callable[..., None]:
             help=" ".join(help_texts[field.name].split()).replace("`", "") + default,
             metavar="|".join(METHODS) if field.name == "method" else "TEXT, may be repeated" if many else None,
         )
-        annotation = Annotated[(list[str] if many else kind) | None, option]  # type: ignore[operator]
-        added.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+        wanted: Any = list[str] if many else kind
+        annotation = typing.cast(Any, Annotated)[wanted | None, option]
+        added.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     @functools.wraps(command)
     def run(**kwargs: Any) -> None:
@@ -151,7 +159,7 @@ def caption(
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    typer.echo(json.dumps(record, ensure_ascii=False))
+    typer.echo(json.dumps(record))  # in ASCII: valid whatever the terminal's encoding, or a file's name, is
 
 
 def _print_caption(photo: str, result: Caption) -> None:
@@ -214,6 +222,52 @@ def _print_words(found: Caption) -> None:
 
 @app.command()
 @reports_errors
+def evaluate(
+    *,
+    predictions: Annotated[Path, typer.Argument(help="JSONL records of `captioner`, or COCO results.")],
+    references: Annotated[
+        Path, typer.Argument(help="Karpathy JSON, COCO captions JSON, Flickr8k token file, or JSONL.")
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="Second predictions for the same pictures, compared with the first.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a Karpathy JSON.  [default: test]")] = None,
+    only: Annotated[
+        Path | None, typer.Option(help="Text file with the names of the pictures to score, one per line.")
+    ] = None,
+    frequencies: Annotated[
+        Path | None, typer.Option(help="Fixed document frequencies for CIDEr-D.  [default: of the references]")
+    ] = None,
+    spice: Annotated[bool, typer.Option("--spice", help="Also SPICE; needs Java.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score captions: BLEU, ROUGE-L, CIDEr-D (x100), and METEOR where Java is."""
+    from captioner import metrics
+    from captioner.metrics import java
+
+    truth = metrics.read_references(references, split=split, only=only)
+    options: dict[str, Any] = {
+        "frequencies": None if frequencies is None else metrics.DocumentFrequencies.load(frequencies),
+        "meteor": java.missing("METEOR") is None,
+        "spice": spice,
+    }
+    first = metrics.read_predictions(predictions, truth)
+    result: metrics.Evaluation | metrics.Comparison
+    if against is None:
+        result = metrics.evaluate(first, truth.captions, **options)
+    else:
+        second = metrics.read_predictions(against, truth)
+        result = metrics.compare(first, second, truth.captions, **options)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    typer.echo(result.table())
+    if not options["meteor"]:
+        complain(f"METEOR is left out: {java.missing('METEOR')}")
+
+
+@app.command()
+@reports_errors
 def info(*, model: Model = None, as_json: Json = False) -> None:
     """Tell what model this is and what runs it."""
     import torch
@@ -267,4 +321,6 @@ def _common(
 
 def main() -> None:
     """Run the command line; the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     app()

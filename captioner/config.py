@@ -1,8 +1,8 @@
 """Frozen, self-validating settings of model, preprocessing and search. No torch here.
 
-Each settings object checks itself when it is made and raises `ConfigError` naming the field, the value and what is
-allowed; `to_dict` and `from_dict` are inverse to each other and refuse unknown keys, so that a typing error in a file
-never passes silently.
+Each settings object checks itself when it is made and raises `ConfigError` naming the field, the value and
+what is allowed; `to_dict` and `from_dict` are inverse to each other and refuse unknown keys, so that a typing
+error in a file never passes silently.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from captioner.errors import ConfigError
 
@@ -27,28 +28,38 @@ def _require(ok: bool, message: str) -> None:
 
 def _require_int(name: str, value: object, *, at_least: int, at_most: int | None = None) -> None:
     # bool is an int in Python; `beam_size=True` is a mistake.
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    valid = isinstance(value, int) and not isinstance(value, bool)
     upper = "" if at_most is None else f" and at most {at_most}"
     _require(
-        valid and (at_most is None or value <= at_most),  # type: ignore[operator]
+        valid and at_least <= cast(int, value) <= (math.inf if at_most is None else at_most),
         f"{name} must be a whole number, at least {at_least}{upper}, got {value!r}",
     )
 
 
 def _require_number(
-    name: str, value: object, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     limits = [
         text
-        for limit, text in ((above, f"above {above}"), (at_least, f"at least {at_least}"), (at_most, f"at most {at_most}"))
+        for limit, text in (
+            (above, f"above {above}"),
+            (at_least, f"at least {at_least}"),
+            (at_most, f"at most {at_most}"),
+        )
         if limit is not None
     ]
     wanted = "a finite number" + (f", {' and '.join(limits)}" if limits else "")
-    _require(is_number, f"{name} must be {wanted}, got {value!r}")
-    number = float(value)  # type: ignore[arg-type]
+    number = cast(float, value)
     fits = (
-        (above is None or number > above)
+        is_number
+        and abs(number) <= sys.float_info.max  # neither infinite, nor NaN, nor an int too large for a float
+        and (above is None or number > above)
         and (at_least is None or number >= at_least)
         and (at_most is None or number <= at_most)
     )
@@ -56,7 +67,9 @@ def _require_number(
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    _require(value in allowed, f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    # 16.0 and True equal an int in Python, but are no such setting.
+    fits = any(value == option and type(value) is type(option) for option in allowed)
+    _require(fits, f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 class _Settings:
@@ -81,7 +94,9 @@ class _Settings:
         Raises:
             ConfigError: for an unknown key, a missing one, or a value out of its range.
         """
-        _require(isinstance(values, Mapping), f"{cls.title} must be a mapping of names to values, got {values!r}")
+        _require(
+            isinstance(values, Mapping), f"{cls.title} must be a mapping of names to values, got {values!r}"
+        )
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in values:
             if key not in fields:
@@ -94,7 +109,9 @@ class _Settings:
             missing = [
                 n
                 for n, f in fields.items()
-                if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+                if n not in values
+                and f.default is dataclasses.MISSING
+                and f.default_factory is dataclasses.MISSING
             ]
             raise ConfigError(f"{cls.title} needs {', '.join(missing) or 'other values'}: {err}") from err
 
@@ -104,8 +121,8 @@ class PreprocessingConfig(_Settings):
     """How a picture becomes the encoder's input. Travels with the weights.
 
     Args:
-        side_px: side of the square input, model pixels; the picture is squashed to it, not cropped, so that the
-            attention grid covers the whole picture.
+        side_px: side of the square input, model pixels; the picture is squashed to it, not cropped, so that
+            the attention grid covers the whole picture.
         mean: per-channel mean of RGB in [0, 1].
         std: per-channel standard deviation of RGB in [0, 1].
     """
@@ -185,8 +202,8 @@ class MultiheadConfig(_Settings):
         heads: number of attention heads; must divide `dim`.
         feedforward_dim: hidden width of the feed-forward layers.
         dropout: probability of dropping a unit, in training.
-        map_layers: the layers whose cross-attention, averaged over layers and heads, is a word's map; negative
-            numbers count from the last layer. Empty means all layers.
+        map_layers: the layers whose cross-attention, averaged over layers and heads, is a word's map;
+            negative numbers count from the last layer. Empty means all layers.
     """
 
     title: ClassVar[str] = "decoder"
@@ -201,10 +218,13 @@ class MultiheadConfig(_Settings):
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "feedforward_dim"):
             _require_int(name, getattr(self, name), at_least=1)
-        _require(self.dim % self.heads == 0, f"heads must divide dim, got dim={self.dim} and heads={self.heads}")
+        _require(
+            self.dim % self.heads == 0, f"heads must divide dim, got dim={self.dim} and heads={self.heads}"
+        )
         _require_number("dropout", self.dropout, at_least=0.0, at_most=0.95)
         _require(
-            isinstance(self.map_layers, list | tuple), f"map_layers must be a list of layers, got {self.map_layers!r}"
+            isinstance(self.map_layers, list | tuple),
+            f"map_layers must be a list of layers, got {self.map_layers!r}",
         )
         for layer in self.map_layers:
             _require_int("map_layers", layer, at_least=-self.layers, at_most=self.layers - 1)
@@ -245,7 +265,7 @@ class ModelConfig(_Settings):
         _require_one_of("decoder", self.decoder, tuple(DECODER_CONFIGS))
         _require_int("vocabulary_size", self.vocabulary_size, at_least=4)
         _require_int("max_tokens", self.max_tokens, at_least=2, at_most=WORDS_LIMIT + 1)
-        parts = {
+        parts: dict[str, type[_Settings]] = {
             "preprocessing": PreprocessingConfig,
             "encoder": EncoderConfig,
             "decoder_settings": DECODER_CONFIGS[self.decoder],
@@ -257,7 +277,8 @@ class ModelConfig(_Settings):
             else:
                 _require(
                     isinstance(value, kind),
-                    f"{name} of a {self.decoder!r} model must be a {kind.__name__}, got {type(value).__name__}",
+                    f"{name} of a {self.decoder!r} model must be a {kind.__name__}, "
+                    f"got {type(value).__name__}",
                 )
 
 
@@ -273,7 +294,7 @@ def _phrases(name: str, value: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(_Settings):
-    """How the caption is searched for: the same names in Python, on the command line, on the page and in its API.
+    """How the caption is searched for: the same names in Python, on the command line and on the page.
 
     Args:
         method: "beam", "greedy" or "sample".
@@ -281,18 +302,20 @@ class SearchOptions(_Settings):
         n_best: captions returned, best first, no two with one text.
         min_words: fewest words of a caption.
         max_words: most words of a caption; a sentence that is still open there is ended there.
-        length_penalty: hypotheses are ranked by the sum of their log-probabilities over (tokens ** length_penalty):
-            1 is the mean, 0 the plain sum, more than 1 favours longer captions. Only for "beam".
+        length_penalty: hypotheses are ranked by the sum of their log-probabilities over
+            (tokens ** length_penalty): 1 is the mean, 0 the plain sum, more than 1 favours longer captions.
+            Only for "beam".
         no_repeat_ngram: no sequence of this many words occurs twice; 0 allows repeats.
         must_include: words or phrases that the caption must contain; only for "beam".
         ban: words or phrases that the caption must not contain.
-        groups: number of diverse-beam groups (Vijayakumar et al. 2018); must divide `beam_size`. 1 is a plain beam.
+        groups: number of diverse-beam groups (Vijayakumar et al. 2018); must divide `beam_size`; 1 is a plain
+            beam.
         diversity: log-probability that a word loses for each earlier group which chose it at the same step.
         temperature: of sampling: below 1 is safer, above 1 bolder; only for "sample".
         top_k: sample from this many most probable words; 0 means all; only for "sample".
         top_p: sample from the smallest set of words whose probability reaches this; only for "sample".
-        seed: makes sampling reproducible; every picture is sampled with the same random numbers, so that a batch
-            gives what single calls give. None draws fresh ones. Only for "sample".
+        seed: makes sampling reproducible; every picture is sampled with the same random numbers, so that a
+            batch gives what single calls give. None draws fresh ones. Only for "sample".
     """
 
     title: ClassVar[str] = "search"
@@ -335,7 +358,8 @@ class SearchOptions(_Settings):
     def _check_pairs(self) -> None:
         _require(
             self.min_words <= self.max_words,
-            f"min_words must not exceed max_words, got min_words={self.min_words} and max_words={self.max_words}",
+            f"min_words must not exceed max_words, got min_words={self.min_words} and "
+            f"max_words={self.max_words}",
         )
         if self.method == "beam":
             _require(
@@ -349,7 +373,8 @@ class SearchOptions(_Settings):
             )
         if self.method == "greedy":
             _require(
-                self.n_best == 1, f"greedy search finds one caption, got n_best={self.n_best}; use method='beam'"
+                self.n_best == 1,
+                f"greedy search finds one caption, got n_best={self.n_best}; use method='beam'",
             )
         _require(
             not self.must_include or (self.method == "beam" and self.groups == 1),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from captioner.errors import ConfigError
 
 
 class Dropout(nn.Module):
-    """Zero each element with probability p in training and scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
+    """Zero elements with probability p in training, scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
 
-    On a CPU the mask is drawn as random bytes, eight per 64-bit number, where `torch.nn.Dropout` draws a whole number
-    per element; p is therefore rounded to a multiple of 1/256 there, and the scale is that of the rounded p.
+    On a CPU the mask is drawn as random bytes, eight per 64-bit number, where `torch.nn.Dropout` draws a
+    whole number per element; p is therefore rounded to a multiple of 1/256 there, and the scale is that of
+    the rounded p.
 
     Args:
         p: probability of dropping an element, in [0, 1).
@@ -33,8 +34,8 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0.0:
             return values
         if values.device.type != "cpu":
-            return F.dropout(values, self.p)
-        dropped = round(self.p * 256)
+            return functional.dropout(values, self.p)
+        dropped = min(round(self.p * 256), 255)
         words = torch.empty((values.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.uint8)[: values.numel()].view(values.shape) >= dropped
         return values * keep.to(values.dtype).mul_(256 / (256 - dropped))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import math
+import textwrap
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from captioner.errors import CheckpointError, ConfigError
 
 
 def _features(network: nn.Module) -> list[nn.Module]:
-    return list(network.features.children())  # type: ignore[union-attr,operator]
+    return list(network.get_submodule("features").children())
 
 
 def _densenet(network: nn.Module) -> list[nn.Module]:
@@ -26,12 +29,12 @@ def _densenet(network: nn.Module) -> list[nn.Module]:
 
 
 def _resnet(network: nn.Module) -> list[nn.Module]:
-    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)  # type: ignore[arg-type]
-    return [stem, network.layer1, network.layer2, network.layer3, network.layer4]  # type: ignore[list-item]
+    stem = nn.Sequential(*(network.get_submodule(name) for name in ("conv1", "bn1", "relu", "maxpool")))
+    return [stem, *(network.get_submodule(f"layer{number}") for number in range(1, 5))]
 
 
 def _regnet(network: nn.Module) -> list[nn.Module]:
-    return [network.stem, *network.trunk_output.children()]  # type: ignore[list-item,union-attr,operator]
+    return [network.get_submodule("stem"), *network.get_submodule("trunk_output").children()]
 
 
 # Family (prefix of torchvision's names) → its stages before the pooling.
@@ -66,13 +69,17 @@ def _build_network(backbone: str, weights: str | Path | None) -> nn.Module:
         hint = f"did you mean {' or '.join(close)}?" if close else f"families: {', '.join(FAMILIES)}"
         raise ConfigError(f"backbone {backbone!r} is not a torchvision CNN that Captioner can use; {hint}")
     if weights != "torchvision":
-        network: nn.Module = models.get_model(backbone, weights=None)
+        # RegNet reads its widths out of tensors, which hold nothing when the default device is "meta".
+        with torch.device("cpu") if backbone.startswith("regnet") else contextlib.nullcontext():
+            network: nn.Module = models.get_model(backbone, weights=None)
+        network.to(torch.get_default_device())
         if weights is not None:
             _load_weights(network, Path(weights), backbone)
         return network
     try:
         return models.get_model(backbone, weights="DEFAULT")  # type: ignore[no-any-return]
-    except OSError as err:
+    # No network, a download cut short, or (RuntimeError) one whose hash is wrong.
+    except (OSError, HTTPException, RuntimeError) as err:
         raise CheckpointError(
             f"{backbone}: torchvision could not download its ImageNet weights ({err}); "
             "connect to the network, or name a safetensors file with them"
@@ -87,8 +94,9 @@ def _load_weights(network: nn.Module, path: Path, backbone: str) -> None:
     except (SafetensorError, OSError) as err:
         raise CheckpointError(f"{path}: not a readable safetensors file: {err}") from err
     except RuntimeError as err:
-        first = str(err).splitlines()[1].strip() if "\n" in str(err) else str(err)
-        raise CheckpointError(f"{path}: not the weights of torchvision's {backbone}: {first}") from err
+        first = str(err).removeprefix(f"Error(s) in loading state_dict for {type(network).__name__}:")
+        fault = textwrap.shorten(first, 160, placeholder=" ...")  # it names every weight
+        raise CheckpointError(f"{path}: not the weights of torchvision's {backbone}: {fault}") from err
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -96,10 +104,10 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _halve_stride(stages: nn.Sequential, backbone: str) -> None:
-    """Take the last halving of the resolution away, and dilate what follows by 2 so that it sees as far as before.
+    """Take the last halving of the resolution away; dilate what follows by 2, so that it sees as far.
 
-    The trick of dilated ("à trous") networks, Yu & Koltun 2016 and Chen et al. 2017, for any network whose layers run
-    in the order in which they are registered.
+    The trick of dilated ("à trous") networks, Yu & Koltun 2016 and Chen et al. 2017, for any network whose
+    layers run in the order in which they are registered.
     """
     halving = {
         name: module
@@ -123,7 +131,7 @@ def _halve_stride(stages: nn.Sequential, backbone: str) -> None:
             after = after or module is last
         elif after and isinstance(module, nn.Conv2d) and _pair(module.kernel_size)[0] > 1:
             module.dilation = (2, 2)
-            module.padding = tuple(2 * pad for pad in _pair(module.padding))  # type: ignore[arg-type]
+            module.padding = tuple(2 * int(pad) for pad in module.padding)
 
 
 class Encoder(nn.Module):
@@ -133,8 +141,8 @@ class Encoder(nn.Module):
         backbone: name of a torchvision classification CNN.
         stride: model pixels per grid cell: 32, or 16 where the network allows it.
         side_px: side of the square input, model pixels.
-        weights: "torchvision" (its ImageNet weights, downloaded once), the path of a safetensors file with the
-            state of the whole torchvision network, or None (random).
+        weights: "torchvision" (its ImageNet weights, downloaded once), the path of a safetensors file with
+            the state of the whole torchvision network, or None (random).
 
     Attributes:
         feature_dim: channels of a grid cell.
@@ -169,8 +177,8 @@ class Encoder(nn.Module):
         grid_hw = (int(shape[2]), int(shape[3]))
         if abs(side_px / grid_hw[0] - self.stride) > self.stride / 2 and math.ceil(side_px / self.stride) > 1:
             raise ConfigError(
-                f"{self.backbone} at side_px {side_px} gives a {grid_hw[0]} x {grid_hw[1]} grid, not one cell per "
-                f"{self.stride} px; choose a larger side_px"
+                f"{self.backbone} at side_px {side_px} gives a {grid_hw[0]} x {grid_hw[1]} grid, not a cell "
+                f"per {self.stride} px; choose a larger side_px"
             )
         return int(shape[1]), grid_hw
 

@@ -1,7 +1,8 @@
 """Frames: original picture pixels, model pixels and cells of the attention grid.
 
-Every size is (height, width), every position (y, x); the unit stands in the name. The model input is the whole upright
-picture squashed to a square, so that the three frames are the same picture at three scales and nothing is cropped.
+Every size is (height, width), every position (y, x); the unit stands in the name. The model input is the
+whole upright picture squashed to a square, so that the three frames are the same picture at three scales and
+nothing is cropped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Map = npt.NDArray[np.float32]
 def exact_div(dividend: int, divisor: int) -> int:
     """Return dividend / divisor; `ConfigError` when a remainder would be lost."""
     if divisor < 1 or dividend % divisor:
-        raise ConfigError(f"{dividend} cannot be divided into parts of {divisor}; choose a multiple of {divisor}")
+        raise ConfigError(
+            f"{dividend} cannot be divided into parts of {divisor}; choose a multiple of {divisor}"
+        )
     return dividend // divisor
 
 
@@ -66,8 +69,9 @@ def grid_to_picture(weights_hw: Map, picture_hw_px: tuple[int, int]) -> Map:
     """Spread a map of the grid over the picture's pixels.
 
     Bilinear between the centres of the cells and constant beyond the outermost ones (half-pixel centres, as
-    `torch.nn.functional.interpolate(align_corners=False)`), so that the peak stays over its own cell in pictures of
-    every shape. The values are densities on the scale of the grid, not renormalised: the maximum never grows.
+    `torch.nn.functional.interpolate(align_corners=False)`), so that the peak stays over its own cell in
+    pictures of every shape. The values are densities on the scale of the grid, not renormalised: the maximum
+    never grows.
 
     Args:
         weights_hw: weights of the cells, float32 [rows, columns].
@@ -87,5 +91,5 @@ def grid_to_picture(weights_hw: Map, picture_hw_px: tuple[int, int]) -> Map:
     top, bottom, down = taps(weights_hw.shape[0], picture_hw_px[0])
     left, right, across = taps(weights_hw.shape[1], picture_hw_px[1])
     rows = weights_hw[top] * (1 - down)[:, None] + weights_hw[bottom] * down[:, None]
-    spread: Map = rows[:, left] * (1 - across) + rows[:, right] * across
-    return spread
+    spread = rows[:, left] * (1 - across) + rows[:, right] * across
+    return spread.astype(np.float32, copy=False)

@@ -48,8 +48,8 @@ Source: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image"
     " | npt.NDArray[np.uint8] | torch.Tensor"
 )
-"""A path, the bytes of a file, a binary file object, a `PIL.Image`, a `uint8` numpy array `[H, W, 3]`, `[H, W]`
-(grey) or `[H, W, 4]` (with alpha), or a `uint8` torch tensor `[3, H, W]`."""
+"""A path, the bytes of a file, a binary file object, a `PIL.Image`, a `uint8` numpy array `[H, W, 3]`,
+`[H, W]` (grey) or `[H, W, 4]` (with alpha), or a `uint8` torch tensor `[3, H, W]`."""
 
 _SOURCES = "a path, bytes, a binary file, a PIL.Image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]"
 _FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
@@ -63,7 +63,7 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """How large a picture may be. Decoding needs up to about 16 bytes of memory per pixel.
+    """How large a picture may be. Decoding takes up to about 20 bytes of memory per pixel.
 
     Args:
         max_pixels: the most pixels, height times width; more is refused before decoding.
@@ -139,6 +139,8 @@ def open_picture(
         raise ImageTooLargeError(f"{label}: {err}") from err.__cause__
     except MemoryError as err:
         raise ImageReadError(f"{label}: not enough memory to decode it; make the picture smaller") from err
+    except Image.DecompressionBombError as err:  # A frame of a GIF may be larger than its header says.
+        raise ImageTooLargeError(f"{label}: more pixels than Pillow allows: {_one_line(str(err))}") from err
     except Exception as err:  # A user's file object or image may fail in its own ways.
         raise ImageReadError(f"{label}: cannot be read as a picture: {_one_line(repr(err))}") from err
     return Picture(image=image, name=name, full_hw_px=full_hw_px)
@@ -174,9 +176,11 @@ def _default_name(source: Any) -> str:
         for attribute in ("name", "filename"):  # of a file object, of a PIL.Image that was opened from a path
             if isinstance(value := getattr(source, attribute, None), str) and value:
                 return value
-    is_image = isinstance(source, Image.Image)
-    kind = "image" if is_image else "array" if isinstance(source, np.ndarray) else type(source).__name__
-    return f"<{kind.lower()}>"
+    if hasattr(source, "read"):
+        return "<file>"
+    kinds = {Image.Image: "<image>", np.ndarray: "<array>"}
+    known = (name for kind, name in kinds.items() if isinstance(source, kind))
+    return next(known, f"<{type(source).__name__.lower()}>")
 
 
 def _check_pixels(size_wh_px: tuple[int, int], limits: ImageLimits) -> None:
@@ -271,6 +275,8 @@ def _from_tensor(tensor: torch.Tensor, limits: ImageLimits) -> tuple[Image.Image
 
 def _decode(data: bytes, limits: ImageLimits, side_px: int | None) -> tuple[Image.Image, tuple[int, int]]:
     format_name = _format_of(data)
+    if not data:
+        raise ImageReadError("0 bytes: an empty file, or one already read to its end; give the whole picture")
     if format_name is None:
         raise ImageReadError(_what_it_is(data))
     if format_name == "WebP":
@@ -289,10 +295,8 @@ def _decode(data: bytes, limits: ImageLimits, side_px: int | None) -> tuple[Imag
             image.im = Image.new(image.mode, image.size[::-1] if sideways else image.size).im
         image.load()
         return _finish(image, full_wh_px)
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError, Image.DecompressionBombError):
         raise
-    except Image.DecompressionBombError as err:  # a first frame of a GIF that is larger than its header says
-        raise ImageTooLargeError(f"more pixels than Pillow allows ({_one_line(str(err))})") from err
     except Exception as err:  # Decoders raise nearly anything on damaged bytes.
         reason = _one_line(str(err)) or type(err).__name__
         message = f"the {format_name} file is damaged, incomplete or of a rare kind ({reason}); save it again"
@@ -307,8 +311,8 @@ def _open_heic(file: IO[bytes]) -> ImageFile.ImageFile:
     return cast("ImageFile.ImageFile", HeifImageFile(file))  # type: ignore[no-untyped-call]
 
 
-# The allow-list. The classes are called without `Image.open`, which would apply the global MAX_IMAGE_PIXELS; a
-# multi-picture JPEG (MPO) is opened as what it begins with, a JPEG.
+# The allow-list. The classes are called without `Image.open`, which would apply the global MAX_IMAGE_PIXELS.
+# A multi-picture JPEG (MPO) is opened as what it begins with, a JPEG.
 _DECODERS: dict[str, Callable[[IO[bytes]], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -352,7 +356,6 @@ def _webp_canvas_wh(data: bytes) -> tuple[int, int]:
 
 
 _NOT_PICTURES = (
-    (rb"\Z", "0 bytes: an empty file, or one that was already read to its end; give the whole picture"),
     (rb"<!doctype html|<html", "a web page (HTML), not a picture; download the picture itself"),
     (rb"<.*<svg|<svg", "SVG is a drawing, not a photo; convert it to PNG first"),
     (rb"%pdf", "a PDF document, not a picture; export the page as PNG or JPEG first"),
@@ -393,7 +396,7 @@ def _finish(image: Image.Image, full_wh_px: tuple[int, int]) -> tuple[Image.Imag
         raise ImageReadError(f"the picture is empty, {image.size}; give at least one pixel")
     image.load()
     orientation = _orientation(image)
-    picture = _over_white(image.copy(), tiff_tags=dict(getattr(image, "tag_v2", {})))
+    picture = _over_white(image)
     picture.info.clear()  # It describes the file: its profile and its orientation hold no more.
     if orientation in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[orientation])
@@ -402,8 +405,8 @@ def _finish(image: Image.Image, full_wh_px: tuple[int, int]) -> tuple[Image.Imag
 
 
 def _orientation(image: Image.Image) -> int:
-    # A broken EXIF block says nothing about the pixels: it costs the orientation, not the picture. Pillow turns
-    # a TIFF upright itself when it loads it, and drops the tag.
+    # A broken EXIF block says nothing about the pixels: it costs the orientation, not the picture. Pillow
+    # turns a TIFF upright itself when it loads it, and drops the tag.
     with contextlib.suppress(Exception):
         value = image.getexif().get(ExifTags.Base.Orientation)
         if isinstance(value, int) and value in _UPRIGHT:
@@ -411,21 +414,27 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _over_white(image: Image.Image, *, tiff_tags: dict[int, Any]) -> Image.Image:
-    """Return the picture in sRGB, its transparent parts laid over white."""
+def _over_white(image: Image.Image) -> Image.Image:
+    """Return a copy in sRGB, its transparent parts laid over white."""
     profile = image.info.get("icc_profile")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_srgb(_grey_from_wide(image, tiff_tags), profile)
+        return _to_srgb(_grey_from_wide(image), profile)
     if not image.has_transparency_data:
         return _to_srgb(image, profile)
     is_grey = image.mode in ("1", "L", "LA", "La")
-    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    colours = rgba.getchannel("R") if is_grey else rgba.convert("RGB")
-    white = Image.new("RGB", image.size, "white")
-    return Image.composite(_to_srgb(colours, profile), white, rgba.getchannel("A"))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        # Pillow writes the transparency of a palette into the image that it converts.
+        image = (image.copy() if image.mode == "P" else image).convert("RGBA")
+    picture = Image.new("RGB", image.size, "white")
+    colours = image.getchannel("R") if is_grey else image.convert("RGB")
+    picture.paste(_to_srgb(colours, profile), (0, 0), image.getchannel("A"))
+    return picture
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return a copy in sRGB."""
     if image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     # A profile that is broken, or made for another kind of pixels, is ignored: the numbers are taken as sRGB
@@ -437,10 +446,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 srgb = ImageCms.createProfile("sRGB")
                 converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
                 return cast("Image.Image", converted)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
-def _grey_from_wide(image: Image.Image, tiff_tags: dict[int, Any]) -> Image.Image:
+def _grey_from_wide(image: Image.Image) -> Image.Image:
     """Scale grey samples of more than 8 bits to 8.
 
     16-bit samples have a known full scale, 65535 (or fewer bits, where a TIFF says so). No format states one
@@ -449,6 +458,7 @@ def _grey_from_wide(image: Image.Image, tiff_tags: dict[int, Any]) -> Image.Imag
     becomes black.
     """
     values_HW = np.asarray(image)
+    tiff_tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
         full = 2 ** tiff_tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
         grey_by_value = np.clip(np.arange(2**16) * (255 / full) + 0.5, 0, 255).astype(np.uint8)

@@ -39,7 +39,8 @@ class CaptionModel(nn.Module):
 
         Args:
             pixels_B3SS: normalised pixels of B pictures.
-            tokens_NT: int64, the start token and what follows; N = B, or R rows side by side for each picture.
+            tokens_NT: int64, the start token and what follows; N = B, or R rows side by side for each
+                picture.
 
         Returns:
             logits_NTV and attention_NTP.

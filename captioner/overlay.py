@@ -69,9 +69,7 @@ def tint(image: Image.Image, weights_hw: Map, *, opacity: float = 0.65, colour_m
     return Image.fromarray(np.rint(blended).astype(np.uint8), "RGB")
 
 
-def draw_words(
-    image: Image.Image, words: Sequence[DrawnWord], *, title: str, colour_map: str = COLOUR_MAP
-) -> Figure:
+def draw_words(image: Image.Image, words: Sequence[DrawnWord], *, title: str, colour_map: str = COLOUR_MAP) -> Figure:
     """Draw the picture, and under each word its map over the picture.
 
     Args:

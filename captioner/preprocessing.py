@@ -1,4 +1,4 @@
-"""Picture → normalised tensor and geometry. The settings travel with the weights; training and use share this file."""
+"""Picture → normalised tensor. The settings travel with the weights; training and use share this file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def squash(image: Image.Image, *, side_px: int) -> Image.Image:
     """
     if image.size == (side_px, side_px):
         return image
-    # Pillow widens the filter when it shrinks, so that large pictures are not aliased. `reducing_gap` first shrinks
-    # by a whole factor: several times faster on large pictures and, at 3, not told apart by eye.
+    # Pillow widens the filter when it shrinks, so that large pictures are not aliased. `reducing_gap` first
+    # shrinks by a whole factor: several times faster on large pictures and, at 3, not told apart by eye.
     return image.resize((side_px, side_px), Image.Resampling.BILINEAR, reducing_gap=3.0)
 
 

@@ -1,7 +1,7 @@
 """Text ↔ ids over Hugging Face `tokenizers`; ids → readable words and sentence.
 
-A token is a lower-case word of letters and digits, with inner hyphens and apostrophes ("t-shirt", "o'clock"); a
-possessive is a token of its own ("man", "'s"). Punctuation is dropped: captions are read as one sentence.
+A token is a lower-case word of letters and digits, with inner hyphens and apostrophes ("t-shirt", "o'clock");
+a possessive is a token of its own ("man", "'s"). Punctuation is dropped: captions are read as one sentence.
 """
 
 from __future__ import annotations
@@ -17,65 +17,92 @@ from captioner.errors import CheckpointError, ConfigError, DataError
 
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 SPECIAL_TOKENS = (PAD, START, END, UNKNOWN)
-_WORD = r"'s(?![\p{L}\p{N}])|[\p{L}\p{N}]+(?:[-'](?!s(?![\p{L}\p{N}]))[\p{L}\p{N}]+|-s(?![\p{L}\p{N}]))*"
+# A letter or digit and the marks that belong to it: vowel signs of Hindi, accents that have no composed form.
+_LETTER, _NO_LETTER = r"(?:[\p{L}\p{N}]\p{M}*)", r"(?![\p{L}\p{M}\p{N}])"
+_WORD = rf"'s{_NO_LETTER}|{_LETTER}+(?:[-'](?!s{_NO_LETTER}){_LETTER}+|-s{_NO_LETTER})*"
 
 
 def _pipeline(vocabulary: dict[str, int]) -> HuggingFaceTokenizer:
     tokenizer = HuggingFaceTokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    quotes = normalizers.Replace(Regex("[’‘ʼ`´]"), "'")
+    # Quotes before NFKC, which would make the acute accent a space, and after it, which makes new ones.
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex("[’‘ʼ`´]"), "'"), normalizers.Lowercase()]
+        [quotes, normalizers.NFKC(), quotes, normalizers.Lowercase(), normalizers.NFKC()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)
     return tokenizer
 
 
+def _fault(backend: HuggingFaceTokenizer) -> str | None:
+    """Return why a tokenizer is not one of ours; None when it is."""
+    if not isinstance(backend.model, models.WordLevel) or backend.model.unk_token != UNKNOWN:
+        return f"its model is not a list of words with {UNKNOWN} for all others"
+    if backend.normalizer is None or backend.pre_tokenizer is None:
+        return "it does not say how a text is split into words"
+    if backend.get_added_tokens_decoder() or backend.padding or backend.truncation:
+        return "it adds tokens, pads or cuts"
+    for index, token in enumerate(SPECIAL_TOKENS):
+        if backend.token_to_id(token) != index:
+            return f"{token} must have id {index}, got {backend.token_to_id(token)}"
+    if sorted(backend.get_vocab().values()) != list(range(backend.get_vocab_size())):
+        return "its ids are not 0, 1, 2 and so on, one for each word"
+    return None
+
+
 class Tokenizer:
     """Words of one vocabulary. The ids of the special tokens are the same in every vocabulary.
+
+    Args:
+        backend: a word-level tokenizer with the special tokens first.
+        name: of the file that it comes from, for the error message.
 
     Attributes:
         pad_id: fills batches up; never predicted.
         start_id: read before the first word; never predicted.
         end_id: predicted after the last word.
         unknown_id: stands for every word outside the vocabulary; never written.
+
+    Raises:
+        CheckpointError: when the tokenizer was not made by Captioner.
     """
 
     pad_id, start_id, end_id, unknown_id = range(len(SPECIAL_TOKENS))
 
-    def __init__(self, backend: HuggingFaceTokenizer) -> None:
+    def __init__(self, backend: HuggingFaceTokenizer, *, name: str = "tokenizer") -> None:
+        fault = _fault(backend)
+        if fault is not None:
+            raise CheckpointError(f"{name}: {fault}; the vocabulary was not made by Captioner")
         self._backend = backend
-        for index, token in enumerate(SPECIAL_TOKENS):
-            if backend.token_to_id(token) != index:
-                raise CheckpointError(
-                    f"tokenizer: {token} must have id {index}, got {backend.token_to_id(token)}; "
-                    "the vocabulary was not made by Captioner"
-                )
 
     @classmethod
-    def train(
-        cls, captions: Iterable[str], *, min_count: int = 5, max_size: int | None = None
-    ) -> Tokenizer:
+    def train(cls, captions: Iterable[str], *, min_count: int = 5, max_size: int | None = None) -> Tokenizer:
         """Make a vocabulary from captions.
 
         Args:
             captions: sentences.
             min_count: a word that occurs less often is left out.
-            max_size: most tokens, special ones included; the rarest words are left out. None: no limit.
+            max_size: most tokens, the special ones included; the rarest words are left out. None: no limit.
 
         Returns:
             The tokenizer; words by falling count, equal counts in alphabetical order.
 
         Raises:
+            ConfigError: for a `min_count` below 1, or a `max_size` that leaves no room for a word.
             DataError: when no word is left.
         """
         if min_count < 1:
             raise ConfigError(f"min_count must be at least 1, got {min_count}")
+        if max_size is not None and max_size <= len(SPECIAL_TOKENS):
+            raise ConfigError(f"max_size must be at least {len(SPECIAL_TOKENS) + 1}, got {max_size}")
         counts: Counter[str] = Counter()
         splitter = cls(_pipeline({token: index for index, token in enumerate(SPECIAL_TOKENS)}))
         for caption in captions:
             counts.update(splitter.split(caption))
-        words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+        words = sorted(
+            (word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w)
+        )
         if max_size is not None:
-            words = words[: max(0, max_size - len(SPECIAL_TOKENS))]
+            words = words[: max_size - len(SPECIAL_TOKENS)]
         if not words:
             raise DataError(
                 f"vocabulary: of {len(counts)} different words none occurs {min_count} times; lower min_count"
@@ -105,7 +132,19 @@ class Tokenizer:
         return word not in SPECIAL_TOKENS and self._backend.token_to_id(word) is not None
 
     def word(self, token_id: int) -> str:
-        """Return the word of an id as the vocabulary spells it."""
+        """Return the word of an id as the vocabulary spells it.
+
+        Args:
+            token_id: at least 0 and below `vocabulary_size`.
+
+        Returns:
+            The word.
+
+        Raises:
+            ConfigError: for an id outside the vocabulary: the model is of another one.
+        """
+        if not 0 <= token_id < self.vocabulary_size:
+            raise ConfigError(f"token {token_id} is outside the vocabulary of {self.vocabulary_size} tokens")
         return str(self._backend.id_to_token(token_id))
 
     def words(self, token_ids: Sequence[int]) -> tuple[str, ...]:
@@ -119,7 +158,10 @@ class Tokenizer:
         """
         words = [self.word(token_id) for token_id in token_ids]
         if words:
-            words[0] = words[0][:1].upper() + words[0][1:]
+            capital = words[0][:1].title()
+            # Letters without a capital of one letter, such as ß, stay: as "Ss" they would be another word.
+            if capital.lower() == words[0][:1]:
+                words[0] = capital + words[0][1:]
         return tuple(words)
 
     def sentence(self, token_ids: Sequence[int]) -> str:
@@ -156,7 +198,7 @@ class Tokenizer:
             backend = HuggingFaceTokenizer.from_str(text)
         except Exception as err:  # the Rust library raises plain Exception
             raise CheckpointError(f"{name}: not a tokenizer file of the tokenizers library: {err}") from err
-        return cls(backend)
+        return cls(backend, name=name)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""

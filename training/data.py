@@ -62,7 +62,9 @@ def read_flickr8k(root: Path, split: str) -> list[CaptionedPicture]:
         key, tab, caption = line.partition("\t")
         name, mark, _ = key.rpartition("#")
         if not tab or not mark:
-            raise DataError(f"{root / 'Flickr8k.token.txt'}, line {number}: expected NAME.jpg#K<TAB>caption, got {line!r}")
+            raise DataError(
+                f"{root / 'Flickr8k.token.txt'}, line {number}: expected NAME.jpg#K<TAB>caption, got {line!r}"
+            )
         captions.setdefault(name, []).append(caption)
     names = [line.strip() for line in _lines(root / SPLITS[split]) if line.strip()]
     pictures = [CaptionedPicture(name, root / "Images" / name, tuple(captions.get(name, ()))) for name in names]
@@ -186,15 +188,25 @@ class LengthBatchSampler(Sampler[list[int]]):
             unless it is the only one.
         seed: of the order; the epoch is added to it.
         bucket_batches: how many batches are sorted together.
+
+    Raises:
+        ConfigError: for a batch size below 1.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, bucket_batches: int = 20) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.lengths = lengths
         self.batch_size = min(batch_size, len(lengths))
         self.seed = seed
         self.bucket_batches = bucket_batches
         self.epoch = 0
+
+    @property
+    def sampler(self) -> LengthBatchSampler:
+        """This object: Lightning looks for `set_epoch` at the sampler of a batch sampler, not at itself."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of this epoch; Lightning calls it."""
@@ -295,7 +307,7 @@ class Flickr8kDataModule(lightning.LightningDataModule):
         dataset = self._dataset("train", self.augmentation)
         lengths = [dataset.longest(index) for index in range(len(dataset))]
         sampler = LengthBatchSampler(lengths, batch_size=self.batch_size, seed=self.seed)
-        return DataLoader(  # type: ignore[return-value]
+        return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=collate,
@@ -305,7 +317,7 @@ class Flickr8kDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the dev pictures in order, as they are in use."""
-        return DataLoader(  # type: ignore[return-value]
+        return DataLoader(
             self._dataset("dev", None),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             collate_fn=collate,

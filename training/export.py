@@ -28,7 +28,7 @@ from training.data import CaptionedPicture, Flickr8kDataModule
 _PREFIX = "model."
 SAMPLES = 20
 # Settings objects that Lightning writes into its checkpoints; nothing else is unpickled.
-_SETTINGS = [EncoderConfig, SearchOptions, PreprocessingConfig, Augmentation]
+_SETTINGS: list[Any] = [EncoderConfig, SearchOptions, PreprocessingConfig, Augmentation]
 
 
 def load_run(path: Path) -> Checkpoint:
@@ -172,7 +172,8 @@ A picture in, an English sentence out, and for every word a map of where the mod
 
 On the dev split, not trained on; {facts.evaluation.card.pictures} pictures,
 {facts.evaluation.card.references} references; beam {facts.search.beam_size}, other search settings as by default{
-    "" if set(chosen) <= {"beam_size"} else f" but {chosen}"}; x100.
+        "" if set(chosen) <= {"beam_size"} else f" but {chosen}"
+    }; x100.
 
 | metric | score | 95 % interval |
 |---|---|---|
@@ -261,8 +262,8 @@ def export(
         CardFacts(
             name=name,
             command=command,
-            data="Flickr8k (Hodosh, Young, Hockenmaier, JAIR 2013), the 6,000 photos and 30,000 captions of the official "
-            "training split, photos squashed to 224 x 224; the encoder began with ImageNet-1k weights.",
+            data="Flickr8k (Hodosh, Young, Hockenmaier, JAIR 2013), the 6,000 photos and 30,000 captions of the "
+            "official training split, photos squashed to 224 x 224; the encoder began with ImageNet-1k weights.",
             data_sha256=data.data_hash(),
             evaluation=evaluation,
             search=search,

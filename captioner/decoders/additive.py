@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from captioner.attention import AdditiveAttention, PictureRows
-from captioner.dropout import Dropout
+from captioner.decoders.protocol import checked_steps
 from captioner.decoders.recurrent import RecurrentState, repeat_rows
+from captioner.dropout import Dropout
 
 
 class AdditiveDecoder(nn.Module):
@@ -48,7 +49,9 @@ class AdditiveDecoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         self.initial_hidden = nn.Linear(feature_dim, state_dim)
         self.initial_cell = nn.Linear(feature_dim, state_dim)
-        self.attention = AdditiveAttention(feature_dim=feature_dim, state_dim=state_dim, hidden_dim=attention_dim)
+        self.attention = AdditiveAttention(
+            feature_dim=feature_dim, state_dim=state_dim, hidden_dim=attention_dim
+        )
         self.gate = nn.Linear(state_dim, 1)
         self.lstm = nn.LSTMCell(embedding_dim + feature_dim, state_dim)
         self.hidden_output = nn.Linear(state_dim, embedding_dim)
@@ -59,11 +62,13 @@ class AdditiveDecoder(nn.Module):
     def start(self, grid_BPC: Tensor, *, max_tokens: int | None = None) -> RecurrentState:
         """Set the initial state from the mean feature and compute the keys; see `Decoder.start`."""
         pictures, cells, _ = grid_BPC.shape
+        steps = checked_steps(self.max_tokens if max_tokens is None else max_tokens, limit=self.max_tokens)
         mean_BC = grid_BPC.mean(dim=1)
         return RecurrentState(
             hidden_BS=torch.tanh(self.initial_hidden(mean_BC)),
             cell_BS=torch.tanh(self.initial_cell(mean_BC)),
             attention_heads_BLHP=grid_BPC.new_empty(0, 1, 1, cells),
+            steps_left=steps,
             memory=self.attention.remember(grid_BPC),
             rows=PictureRows(pictures, pictures),
         )
@@ -84,6 +89,7 @@ class AdditiveDecoder(nn.Module):
 
     def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""
+        checked_steps(tokens_BT.shape[1], limit=self.max_tokens)
         state = repeat_rows(self.start(grid_BPC), tokens_BT.shape[0])
         embedded_BTE = self.dropout(self.embedding(tokens_BT))
         deep, attention = [], []

@@ -1,9 +1,9 @@
 """Show and Tell: the picture as one fixed-length context vector (Vinyals et al. 2015).
 
-x_{-1} = W_I mean(grid);  x_t = W_E S_t;  h_{t+1} = LSTM(x_t);  p_{t+1} = softmax(W h_{t+1})        (eq. 10 to 12)
+x_{-1} = W_I mean(grid);  x_t = W_E S_t;  h_{t+1} = LSTM(x_t);  p_{t+1} = softmax(W h_{t+1})    (eq. 10 to 12)
 
-The picture is read once, before the first word: the bottleneck that attention was invented to remove. Every cell
-has the same share in the mean, so the maps are uniform, which is the truth about this model.
+The picture is read once, before the first word: the bottleneck that attention was invented to remove. Every
+cell has the same share in the mean, so the maps are uniform, which is the truth about this model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from captioner.attention import GridMemory, PictureRows
-from captioner.dropout import Dropout
+from captioner.decoders.protocol import checked_steps
 from captioner.decoders.recurrent import RecurrentState, repeat_rows
+from captioner.dropout import Dropout
 
 
 class MeanDecoder(nn.Module):
@@ -53,12 +54,14 @@ class MeanDecoder(nn.Module):
     def start(self, grid_BPC: Tensor, *, max_tokens: int | None = None) -> RecurrentState:
         """Show the picture once; see `Decoder.start`."""
         pictures, cells, _ = grid_BPC.shape
+        steps = checked_steps(self.max_tokens if max_tokens is None else max_tokens, limit=self.max_tokens)
         hidden_BS, cell_BS = self.lstm(self.picture(grid_BPC.mean(dim=1)))
         uniform_B1P = grid_BPC.new_full((pictures, 1, cells), 1.0 / cells, dtype=torch.float32)
         return RecurrentState(
             hidden_BS=hidden_BS,
             cell_BS=cell_BS,
             attention_heads_BLHP=uniform_B1P.new_empty(0, 1, 1, cells),
+            steps_left=steps,
             memory=GridMemory(uniform_B1P, uniform_B1P),
             rows=PictureRows(pictures, pictures),
         )
@@ -73,6 +76,7 @@ class MeanDecoder(nn.Module):
 
     def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""
+        checked_steps(tokens_BT.shape[1], limit=self.max_tokens)
         state = repeat_rows(self.start(grid_BPC), tokens_BT.shape[0])
         hidden_BS, cell_BS = state.hidden_BS, state.cell_BS
         embedded_BTE = self.dropout(self.embedding(tokens_BT))

@@ -1,18 +1,21 @@
 """The transformer decoder: multi-head attention with queries, keys and values (Vaswani et al. 2017).
 
-Pre-norm blocks (Xiong et al. 2020), learned positions of words and, in two dimensions, of grid cells, and one matrix
-for the word embeddings and the output (Press & Wolf 2017). Shapes as in `protocol.py`; D width of the model.
+Pre-norm blocks (Xiong et al. 2020), learned positions of words and, in two dimensions, of grid cells, and one
+matrix for the word embeddings and the output (Press & Wolf 2017). Shapes as in `protocol.py`; D width of the
+model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from captioner.attention import GridMemory, MultiHeadAttention, PictureRows
+from captioner.decoders.protocol import checked_steps, count_down
 from captioner.dropout import Dropout
 from captioner.errors import ConfigError
 
@@ -22,9 +25,11 @@ class MultiheadState:
     """State of the transformer decoder; see `DecoderState`.
 
     Args:
-        keys: of the words so far, [L, N, H, T, D per head]; allocated once, T the most steps that will be taken.
+        keys: of the words so far, [L, N, H, T, D per head]; allocated once, T the most steps that will be
+            taken.
         values: likewise.
         position: int64 scalar, the number of tokens read.
+        steps_left: how many more steps the caches have room for.
         attention_heads_BLHP: of the last step; before the first, no row.
         memories: the pictures, one memory per layer, shared by their rows.
         rows: which row looks at which picture.
@@ -33,6 +38,7 @@ class MultiheadState:
     keys: Tensor
     values: Tensor
     position: Tensor
+    steps_left: int
     attention_heads_BLHP: Tensor
     memories: tuple[GridMemory, ...]
     rows: PictureRows
@@ -45,6 +51,7 @@ class MultiheadState:
             keys=self.keys.index_select(1, index_N),
             values=self.values.index_select(1, index_N),
             position=self.position,
+            steps_left=self.steps_left,
             attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
             memories=self.memories
             if pictures is None
@@ -87,7 +94,7 @@ class CausalSelfAttention(nn.Module):
             [N, T, D].
         """
         dropout = self.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(
+        read = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
         )
         output_NTD: Tensor = self.output(read.transpose(1, 2).flatten(2))
@@ -95,7 +102,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block: words among themselves, words over the grid, feed-forward (Xiong et al. 2020, fig. 1b).
+    """One pre-norm block: words among themselves, words over the grid, feed-forward (Xiong et al., fig. 1b).
 
     Args:
         dim: width of the model.
@@ -122,7 +129,14 @@ class Block(nn.Module):
         return self._finish(state_NTD, self.self_attention.read(query, key, value, mask=None), memory)
 
     def step(
-        self, state_N1D: Tensor, memory: GridMemory, *, keys: Tensor, values: Tensor, position: Tensor, seen: Tensor
+        self,
+        state_N1D: Tensor,
+        memory: GridMemory,
+        *,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        seen: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Run one step and write its key and value into the cache, in place.
 
@@ -165,6 +179,9 @@ class MultiheadDecoder(nn.Module):
         feedforward_dim: hidden width of the feed-forward layers.
         dropout: in training.
         map_layers: layers whose mean over layers and heads is a word's map; empty: all.
+
+    Raises:
+        ConfigError: when `heads` does not divide `dim`.
     """
 
     def __init__(
@@ -193,41 +210,51 @@ class MultiheadDecoder(nn.Module):
         self.grid_column = nn.Parameter(torch.empty(1, grid_hw[1], dim))
         self.grid = nn.Sequential(nn.Linear(feature_dim, dim), nn.LayerNorm(dim))
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout) for _ in range(layers)
+            Block(dim=dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
         for parameter in (self.embedding.weight, self.position, self.grid_row, self.grid_column):
             nn.init.normal_(parameter, std=0.02)
 
+    def _layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     def _remember(self, grid_BPC: Tensor) -> tuple[GridMemory, ...]:
         """Compute keys and values of the pictures, once per layer."""
         place_PD = (self.grid_row + self.grid_column).flatten(0, 1)
         memory_BPD = self.dropout(self.grid(grid_BPC) + place_PD)
-        return tuple(block.grid_attention.remember(memory_BPD) for block in self.blocks)  # type: ignore[union-attr,operator,misc]
+        return tuple(block.grid_attention.remember(memory_BPD) for block in self._layers())
 
     def _embed(self, tokens_NT: Tensor, position_TD: Tensor) -> Tensor:
-        # Embeddings start small because they are the output matrix too; sqrt(D) brings them to the scale of the
-        # positions' sum with the residual stream (Vaswani et al. 2017, section 3.4).
+        # Embeddings start small because they are the output matrix too; sqrt(D) brings them to the scale of
+        # the positions' sum with the residual stream (Vaswani et al. 2017, section 3.4).
         scaled = self.embedding(tokens_NT) * self.embedding.embedding_dim**0.5
         embedded: Tensor = self.dropout(scaled + position_TD)
         return embedded
 
     def _logits(self, state: Tensor) -> Tensor:
-        return F.linear(self.norm(state), self.embedding.weight)
+        return functional.linear(self.norm(state), self.embedding.weight)
+
+    def _summary(self, attention: list[Tensor]) -> Tensor:
+        # A list index would be copied to the device, and waited for, at every step.
+        kept = torch.stack([attention[layer] for layer in self.map_layers], dim=1)
+        return kept.mean(dim=(1, 2))
 
     def start(self, grid_BPC: Tensor, *, max_tokens: int | None = None) -> MultiheadState:
         """Compute keys and values of the pictures and allocate the caches; see `Decoder.start`."""
         pictures, cells, _ = grid_BPC.shape
-        steps = min(self.max_tokens, max_tokens or self.max_tokens)
+        steps = checked_steps(self.max_tokens if max_tokens is None else max_tokens, limit=self.max_tokens)
         memories = self._remember(grid_BPC)
         head_dim = self.embedding.embedding_dim // self.heads
         shape = (len(self.blocks), pictures, self.heads, steps, head_dim)
-        cache = {"dtype": memories[0].keys.dtype, "device": grid_BPC.device}
+        dtype = memories[0].keys.dtype
         return MultiheadState(
-            keys=torch.zeros(shape, **cache),
-            values=torch.zeros(shape, **cache),
+            keys=torch.zeros(shape, dtype=dtype, device=grid_BPC.device),
+            values=torch.zeros(shape, dtype=dtype, device=grid_BPC.device),
             position=torch.zeros((), dtype=torch.int64, device=grid_BPC.device),
+            steps_left=steps,
             attention_heads_BLHP=grid_BPC.new_empty(0, len(self.blocks), self.heads, cells),
             memories=memories,
             rows=PictureRows(pictures, pictures),
@@ -235,12 +262,13 @@ class MultiheadDecoder(nn.Module):
 
     def step(self, tokens_B: Tensor, state: MultiheadState) -> tuple[Tensor, Tensor, MultiheadState]:
         """Read one token and predict the next; see `Decoder.step`. The caches are written in place."""
+        steps_left = count_down(state.steps_left)
         position = state.position
         seen = torch.arange(state.keys.shape[3], device=position.device) <= position
         hidden = self._embed(tokens_B[:, None], self.position.index_select(0, position.view(1)))
         attention = []
-        for layer, (block, memory) in enumerate(zip(self.blocks, state.memories, strict=True)):
-            hidden, weights_NH1P = block.step(  # type: ignore[operator]
+        for layer, (block, memory) in enumerate(zip(self._layers(), state.memories, strict=True)):
+            hidden, weights_NH1P = block.step(
                 hidden,
                 memory,
                 keys=state.keys[layer],
@@ -254,18 +282,19 @@ class MultiheadDecoder(nn.Module):
             keys=state.keys,
             values=state.values,
             position=position + 1,
+            steps_left=steps_left,
             attention_heads_BLHP=heads_BLHP,
             memories=state.memories,
             rows=state.rows,
         )
-        return self._logits(hidden[:, 0]), heads_BLHP[:, self.map_layers].mean(dim=(1, 2)), after
+        return self._logits(hidden[:, 0]), self._summary(attention), after
 
     def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""
-        hidden = self._embed(tokens_BT, self.position[: tokens_BT.shape[1]])
+        steps = checked_steps(tokens_BT.shape[1], limit=self.max_tokens)
+        hidden = self._embed(tokens_BT, self.position[:steps])
         attention = []
-        for block, memory in zip(self.blocks, self._remember(grid_BPC), strict=True):
+        for block, memory in zip(self._layers(), self._remember(grid_BPC), strict=True):
             hidden, weights_NHTP = block(hidden, memory)
             attention.append(weights_NHTP)
-        kept = torch.stack([attention[layer] for layer in self.map_layers], dim=1)
-        return self._logits(hidden), kept.mean(dim=(1, 2))
+        return self._logits(hidden), self._summary(attention)

@@ -1,26 +1,72 @@
 """The one protocol behind which every decoder stands.
 
-Shapes: B pictures, or hypotheses (one row each); N rows after a selection; P grid cells, row by row; C channels of
-the encoder; V tokens of the vocabulary; T steps; L layers and H heads of the decoder's attention over the grid.
+Shapes: B pictures, or hypotheses (one row each); N rows after a selection; P grid cells, row by row; C
+channels of the encoder; V tokens of the vocabulary; T steps; L layers and H heads of the decoder's attention
+over the grid.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
+
+from captioner.errors import ConfigError
+
+
+def checked_steps(steps: int, *, limit: int) -> int:
+    """Return the number of steps to be taken, checked against a decoder's limit.
+
+    Args:
+        steps: wanted.
+        limit: the decoder's `max_tokens`.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ConfigError: for no step, or more than the limit.
+    """
+    if not 1 <= steps <= limit:
+        raise ConfigError(
+            f"this decoder takes 1 to {limit} steps, got {steps}; cut the sequence, or make the model with a "
+            "larger max_tokens"
+        )
+    return steps
+
+
+def count_down(steps_left: int) -> int:
+    """Return how many steps are left after one more; a number of the host, so that no device is waited for.
+
+    Args:
+        steps_left: before the step.
+
+    Returns:
+        One less.
+
+    Raises:
+        ConfigError: when none is left: there is no room for another token in the state.
+    """
+    if steps_left < 1:
+        raise ConfigError(
+            "the decoder has taken all steps that its state was started for; start it with more max_tokens"
+        )
+    return steps_left - 1
 
 
 class DecoderState(Protocol):
     """What a decoder remembers between two steps, one row per hypothesis.
 
     Attributes:
-        attention_heads_BLHP: attention over the grid of the last step, every layer and head; each row of P cells is
-            non-negative and sums to 1. Empty along B before the first step. Decoders with one read of the grid
-            have L = H = 1.
+        attention_heads_BLHP: attention over the grid of the last step, every layer and head; each row of P
+            cells is non-negative and sums to 1. Empty along B before the first step. Decoders with one read
+            of the grid have L = H = 1.
     """
 
-    attention_heads_BLHP: Tensor
+    @property
+    def attention_heads_BLHP(self) -> Tensor:
+        """Attention of the last step; see the class."""
+        ...
 
     def select(self, index_N: Tensor) -> Self:
         """Return the state of the named rows, in that order; a row may be named often or not at all.
@@ -46,23 +92,31 @@ class Decoder(Protocol):
 
         Args:
             grid_BPC: features of the grid cells.
-            max_tokens: the most steps that will be taken, for the size of the caches; default: the decoder's limit.
+            max_tokens: the most steps that will be taken, for the size of the caches; default: the decoder's
+                limit.
 
         Returns:
             The state, one row per picture.
+
+        Raises:
+            ConfigError: for `max_tokens` below 1 or above the decoder's limit.
         """
         ...
 
-    def step(self, tokens_B: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
+    def step(self, tokens_B: Tensor, state: Any) -> tuple[Tensor, Tensor, DecoderState]:
         """Read one token per row and predict the next.
 
         Args:
             tokens_B: int64; the start token first, then what was chosen.
-            state: as returned by `start`, `step` or `select`. It is used up: go on with the returned one.
+            state: of this decoder, as returned by `start`, `step` or `select`. It is used up: go on with the
+                returned one.
 
         Returns:
-            logits_BV (unnormalised), attention_BP (non-negative, sums to 1: where the picture was looked at to
-            predict the next token), and the state after the step.
+            logits_BV (unnormalised), attention_BP (non-negative, sums to 1: where the picture was looked at
+            to predict the next token), and the state after the step.
+
+        Raises:
+            ConfigError: when as many steps were taken as the state was started for.
         """
         ...
 
@@ -71,9 +125,13 @@ class Decoder(Protocol):
 
         Args:
             grid_BPC: features of the grid cells.
-            tokens_BT: int64; the start token and the tokens after it, padded at the right.
+            tokens_BT: int64; the start token and the tokens after it, padded at the right. Rows may be a
+                multiple of the pictures, side by side.
 
         Returns:
             logits_BTV and attention_BTP.
+
+        Raises:
+            ConfigError: for more tokens than `max_tokens`, or rows that are not a multiple of the pictures.
         """
         ...

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from captioner.attention import GridMemory, PictureRows
+from captioner.decoders.protocol import count_down
+from captioner.geometry import exact_div
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RecurrentState:
         hidden_BS: output of the LSTM.
         cell_BS: memory of the LSTM.
         attention_heads_BLHP: of the last step; before the first, no row.
+        steps_left: how many more steps may be taken.
         memory: the pictures, shared by their rows.
         rows: which row looks at which picture.
     """
@@ -29,6 +31,7 @@ class RecurrentState:
     hidden_BS: Tensor
     cell_BS: Tensor
     attention_heads_BLHP: Tensor
+    steps_left: int
     memory: GridMemory
     rows: PictureRows
 
@@ -40,6 +43,7 @@ class RecurrentState:
             hidden_BS=self.hidden_BS[index_N],
             cell_BS=self.cell_BS[index_N],
             attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
+            steps_left=self.steps_left,
             memory=self.memory if pictures is None else self.memory.select(pictures),
             rows=rows,
         )
@@ -47,14 +51,21 @@ class RecurrentState:
     def stepped(self, hidden_BS: Tensor, cell_BS: Tensor, attention_BP: Tensor) -> RecurrentState:
         """Return the state after a step that looked at the grid once."""
         return dataclasses.replace(
-            self, hidden_BS=hidden_BS, cell_BS=cell_BS, attention_heads_BLHP=attention_BP[:, None, None]
+            self,
+            hidden_BS=hidden_BS,
+            cell_BS=cell_BS,
+            attention_heads_BLHP=attention_BP[:, None, None],
+            steps_left=count_down(self.steps_left),
         )
 
 
 def repeat_rows(state: RecurrentState, rows: int) -> RecurrentState:
     """Return the state of one row per picture with that many rows per picture in all, side by side."""
     pictures = state.hidden_BS.shape[0]
-    if rows == pictures:
-        return state
-    per_picture = rows // pictures
-    return state.select(torch.arange(pictures, device=state.hidden_BS.device).repeat_interleave(per_picture))
+    per_picture = exact_div(rows, pictures)
+    return dataclasses.replace(
+        state,
+        hidden_BS=state.hidden_BS.repeat_interleave(per_picture, dim=0),
+        cell_BS=state.cell_BS.repeat_interleave(per_picture, dim=0),
+        rows=PictureRows(pictures, rows),
+    )

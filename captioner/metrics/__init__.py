@@ -4,7 +4,7 @@ from captioner.metrics import evaluate
 print(evaluate({"a.jpg": "A dog runs."}, {"a.jpg": ["A black dog is running."]}).table())
 """
 
-from captioner.metrics.cider import CiderD, DocumentFrequencies
+from captioner.metrics.cider import CiderD
 from captioner.metrics.evaluation import (
     METRICS,
     Comparison,
@@ -14,6 +14,7 @@ from captioner.metrics.evaluation import (
     evaluate,
     hash_references,
 )
+from captioner.metrics.frequencies import DocumentFrequencies
 from captioner.metrics.intervals import Difference, Interval
 from captioner.metrics.language import Language, describe
 from captioner.metrics.ptb import tokenize

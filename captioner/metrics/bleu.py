@@ -1,7 +1,8 @@
-"""BLEU-1..4 over a set of pictures, from counts per picture (Papineni et al. 2002; constants of coco-caption).
+"""BLEU-1..4 over a set of pictures, from counts per picture (Papineni et al. 2002; constants of
+coco-caption).
 
-BLEU of a set is no mean over pictures: the counts are summed first. `BleuCounts` keeps them apart, so that any
-resampling of the pictures is one matrix product.
+BLEU of a set is no mean over pictures: the counts are summed first. `BleuCounts` keeps them apart, so that
+any resampling of the pictures is one matrix product.
 
 Shapes: P pictures, R resamples, N = 4 orders of n-grams.
 """
@@ -29,8 +30,8 @@ class BleuCounts:
     """What BLEU needs to know of every picture.
 
     Attributes:
-        matched_PN: float64, n-grams of the prediction that are in a reference, each clipped to the reference that
-            has most of it.
+        matched_PN: float64, n-grams of the prediction that are in a reference, each clipped to the reference
+            that has most of it.
         written_PN: float64, n-grams of the prediction.
         length_P: float64, words of the prediction.
         reference_length_P: float64, words of the reference whose length is closest; of two the shorter.
@@ -45,7 +46,8 @@ class BleuCounts:
         """Return BLEU-1..4 of the whole set, or of resamples of it.
 
         Args:
-            weights_RP: how often each picture is in each resample; default: one resample with every picture once.
+            weights_RP: how often each picture is in each resample; default: one resample with every picture
+                once.
 
         Returns:
             float64 [R, 4], 0..1.

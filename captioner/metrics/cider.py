@@ -1,139 +1,41 @@
-"""CIDEr-D: TF-IDF agreement of a caption with its references (Vedantam et al. 2015; constants of coco-caption).
+"""CIDEr-D: TF-IDF agreement of a caption with its references (Vedantam et al. 2015; as in coco-caption).
 
-`CiderD` prepares the references once and then scores any number of hypotheses without a Python loop over n-grams,
-which is what self-critical training needs: the references of a picture never change, only the samples do.
+`CiderD` prepares the references once and then scores any number of hypotheses without a Python loop over
+n-grams, which is what self-critical training needs: the references of a picture never change, only the
+samples do.
 
-Shapes: H hypotheses, L tokens of all hypotheses in a row, S references, P pictures, G n-grams of the references,
-E pairs (picture, n-gram), U pairs (hypothesis, n-gram), N = 4 orders of n-grams.
+Shapes: H hypotheses, L words of all sentences in a row, S references, P pictures, G n-grams, X occurrences of
+n-grams, U different n-grams per hypothesis, E pairs (picture, n-gram), C n-grams of a fixed corpus, Z slots:
+one per sentence and order of n-grams (1..4).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from functools import reduce
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captioner.errors import MetricError
+from captioner.metrics.fingerprints import Ints, Prints, PrintSet, extend, scramble
+from captioner.metrics.frequencies import MAX_ORDER, DocumentFrequencies
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-MAX_ORDER = 4
 
 # Width of the Gaussian penalty on the difference of lengths, and the factor that coco-caption reports with.
 SIGMA = 6.0
 SCALE = 10.0
-
-_FORMAT = "captioner-document-frequencies-1"
-
-
-@dataclass(frozen=True)
-class DocumentFrequencies:
-    """In how many pictures of a corpus each n-gram occurs.
-
-    Attributes:
-        name: what the protocol card calls the corpus.
-        documents: pictures in the corpus.
-        counts: pictures in which the n-gram is in at least one reference.
-    """
-
-    name: str
-    documents: int
-    counts: Mapping[tuple[Hashable, ...], int]
-
-    def __post_init__(self) -> None:
-        if self.documents < 1:
-            raise MetricError(
-                f"document frequencies {self.name!r}: documents must be at least 1, got {self.documents}"
-            )
-
-    @classmethod
-    def of(cls, references: Iterable[Sequence[Sequence[Hashable]]], *, name: str) -> DocumentFrequencies:
-        """Count a corpus.
-
-        Args:
-            references: the tokenised references of each picture.
-            name: what the protocol card shall call the corpus.
-
-        Returns:
-            The frequencies of all n-grams up to order 4.
-        """
-        counts: Counter[tuple[Hashable, ...]] = Counter()
-        documents = 0
-        for sentences in references:
-            documents += 1
-            counts.update({gram for tokens in sentences for gram in _ngrams(tokens)})
-        return cls(name, documents, dict(counts))
-
-    def save(self, path: Path | str) -> None:
-        """Write the frequencies as JSON.
-
-        Args:
-            path: file to write; an older one is replaced.
-
-        Raises:
-            MetricError: a token is no text or has a blank in it, so that the file could not be read back; or the
-                file cannot be written.
-        """
-        for gram in self.counts:
-            for token in gram:
-                if not isinstance(token, str) or not token or token.split(" ") != [token]:
-                    raise MetricError(
-                        f"{path}: token {token!r} cannot be saved; expected text without blanks"
-                    )
-        content = {
-            "format": _FORMAT,
-            "name": self.name,
-            "documents": self.documents,
-            "counts": {" ".join(map(str, gram)): n for gram, n in self.counts.items()},
-        }
-        try:
-            Path(path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        except OSError as err:
-            raise MetricError(f"{path}: cannot be written: {err.strerror}; choose another place") from err
-
-    @classmethod
-    def load(cls, path: Path | str) -> DocumentFrequencies:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The frequencies.
-
-        Raises:
-            MetricError: the file is missing, unreadable or of another format.
-        """
-        try:
-            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as err:
-            raise MetricError(
-                f"{path}: cannot be read: {err.strerror}; give a document-frequency file"
-            ) from err
-        except ValueError as err:
-            raise MetricError(
-                f"{path}: not JSON: {err}; write it anew with DocumentFrequencies.save"
-            ) from err
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise MetricError(f'{path}: no document-frequency file; expected "format": "{_FORMAT}"')
-        try:
-            counts = {tuple(gram.split(" ")): int(n) for gram, n in content["counts"].items()}
-            return cls(str(content["name"]), int(content["documents"]), counts)
-        except (KeyError, AttributeError, TypeError, ValueError) as err:
-            raise MetricError(f"{path}: damaged document-frequency file ({err!r}); write it anew") from err
-
-
-def _ngrams(tokens: Sequence[Hashable]) -> Iterable[tuple[Hashable, ...]]:
-    for order in range(1, MAX_ORDER + 1):
-        yield from zip(*(tokens[i:] for i in range(order)), strict=False)
+# Hypotheses at a time, which bounds the memory.
+_AT_ONCE = 1024
+_ORDERS_N1 = np.arange(MAX_ORDER)[:, None]
+_ORDER_BITS = 2
+# The fingerprint of no word: `scramble` makes zero of the largest number only.
+_NO_WORD = bytes(8)
+_TRUE = np.ones(1, dtype=np.bool_)
+# The penalty by difference of lengths; beyond the last it is zero in double precision.
+_GAUSS = np.exp(-(np.arange(240) ** 2) / (2 * SIGMA**2))
 
 
 class CiderD:
@@ -161,20 +63,39 @@ class CiderD:
         if not references or bare:
             which = f"picture {bare[0]} has no references" if bare else "no pictures"
             raise MetricError(f"CIDEr-D: {which}; give at least one reference per picture")
+        own = list(chain.from_iterable(references))
         corpus = (
             [] if frequencies is None else [gram for gram in frequencies.counts if len(gram) <= MAX_ORDER]
         )
-        sentences = [*chain.from_iterable(references), *corpus]
-        self._vocabulary: dict[Hashable, int] = {}
-        for token in chain.from_iterable(sentences):
-            self._vocabulary.setdefault(token, len(self._vocabulary))
-        self._tables: list[Ints] = []
-        self._first_gram = [0]
-        slot_X, gram_X = self._index(sentences, learn=True)
-        self._pictures = len(references)
-        self._grams = self._first_gram[MAX_ORDER]
-        self._count(references, slot_X, gram_X)
-        self._weigh(frequencies, corpus, slot_X, gram_X)
+        self._vocabulary = _name_words(chain.from_iterable([*own, *corpus]), first=0)
+        self._references_P = np.array([len(sentences) for sentences in references], dtype=np.int64)
+        self._first_reference_P = np.cumsum(self._references_P) - self._references_P
+        # So many of the highest bits of an entry's fingerprint are its picture.
+        self._picture_bits = np.uint64(len(references).bit_length())
+
+        print_X, slot_X, self._length_S = self._occurrences(own)
+        whole_C = self._whole_fingerprints(corpus)
+        self._grams = PrintSet(np.concatenate([print_X, whole_C]))
+        gram_X = self._grams.find(print_X)
+        picture_S = np.repeat(np.arange(len(references)), self._references_P)
+        entry_print_X = self._of_pictures(picture_S, slot_X >> _ORDER_BITS, print_X)
+        self._entries = PrintSet(entry_print_X)
+        entry_X = self._entries.find(entry_print_X)
+        gram_E = np.zeros(len(self._entries), dtype=np.int64)
+        gram_E[entry_X] = gram_X
+
+        documents = len(references) if frequencies is None else frequencies.documents
+        if frequencies is None:
+            frequency_G = np.bincount(gram_E[np.unique(entry_X)], minlength=len(self._grams))
+        else:
+            frequency_G = np.zeros(len(self._grams), dtype=np.int64)
+            frequency_G[self._grams.find(whole_C)] = [frequencies.counts[gram] for gram in corpus]
+        self._unknown_idf = float(np.log(documents))
+        idf_G = self._unknown_idf - np.log(np.maximum(1.0, frequency_G))
+        # Numbers below G are n-grams, from G on entries: those lie side by side for a picture.
+        self._idf_GE = np.concatenate([idf_G, idf_G[gram_E]])
+        self._number_bits = np.int64(len(self._idf_GE).bit_length())
+        self._lay_out(slot_X, picture_S[slot_X >> _ORDER_BITS], entry_X, idf_G[gram_X])
 
     def score(
         self, hypotheses: Sequence[Sequence[Hashable]], pictures: Sequence[int] | Ints | None = None
@@ -183,8 +104,8 @@ class CiderD:
 
         Args:
             hypotheses: tokenised captions.
-            pictures: for each hypothesis the index of its picture in the references; default: one hypothesis per
-                picture, in their order.
+            pictures: for each hypothesis the index of its picture in the references; default: one hypothesis
+                per picture, in their order.
 
         Returns:
             float64 [H], on coco-caption's scale (0..10).
@@ -193,161 +114,183 @@ class CiderD:
             MetricError: hypotheses and pictures do not match, or a picture is unknown.
         """
         picture_H = self._picture_indices(len(hypotheses), pictures)
-        if not len(hypotheses):
-            return np.zeros(0)
+        parts = [
+            self._score(hypotheses[i : i + _AT_ONCE], picture_H[i : i + _AT_ONCE])
+            for i in range(0, len(hypotheses), _AT_ONCE)
+        ]
+        return np.concatenate([np.zeros(0), *parts])
+
+    def _score(self, hypotheses: Sequence[Sequence[Hashable]], picture_H: Ints) -> Floats:
         slots = len(hypotheses) * MAX_ORDER
-        slot_X, gram_X = self._index(hypotheses, learn=False)
-        # Every n-gram once per hypothesis, with its count. Unknown n-grams have numbers above the known ones.
-        span = int(gram_X.max(initial=0)) + 1
-        key_U, count_U = np.unique(slot_X * span + gram_X, return_counts=True)
-        slot_U, gram_U = np.divmod(key_U, span)
-        weight_U = count_U * self._idf_G1[np.minimum(gram_U, self._grams)]
-        norm_HN = np.sqrt(np.bincount(slot_U, weight_U**2, minlength=slots))
+        print_X, slot_X, length_H = self._occurrences(hypotheses)
+        slot_U, number_U, count_U, square_Z = self._count(print_X, slot_X, picture_H)
+        square_Z += np.bincount(slot_U, (count_U * self._idf_GE.take(number_U)) ** 2, minlength=slots)
 
-        # Join with the references of the same picture that have the n-gram.
-        known = np.flatnonzero(gram_U < self._grams)
-        key = picture_H[slot_U[known] // MAX_ORDER] * self._grams + gram_U[known]
-        entry = np.minimum(np.searchsorted(self._entry_E, key), len(self._entry_E) - 1)
-        hit = self._entry_E[entry] == key
-        known, entry = known[hit], entry[hit]
-        start = self._pair_start_E1[entry]
-        width = self._pair_start_E1[entry + 1] - start
-        pair = np.arange(width.sum()) + np.repeat(start - np.cumsum(width) + width, width)
-        source = np.repeat(known, width)
+        # What the n-grams share with each reference of the picture, summed per hypothesis and order.
+        hit = np.flatnonzero(number_U >= len(self._grams))
+        slot, count = slot_U.take(hit), count_U.take(hit)
+        references_H = self._references_P.take(picture_H)
+        column_R = np.arange(references_H.max())
+        cell = self._first_cell_E.take(number_U.take(hit) - len(self._grams))[:, None] + column_R
+        shared = self._share_cells.take(cell)
+        more = np.flatnonzero(count > 1)
+        shared[more] *= np.minimum(count[more, None], self._count_cells.take(cell[more]))
 
-        slot = slot_U[source]
-        hypothesis = slot // MAX_ORDER
-        reference = self._pair_reference[pair]
-        reference_weight = self._pair_weight[pair]
-        norms = norm_HN[slot] * self._norm_SN[reference * MAX_ORDER + slot % MAX_ORDER]
-        length_H = np.array([max(0, len(h) - 1) for h in hypotheses], dtype=np.int64)
-        delta = length_H[hypothesis] - self._length_S[reference]
-        clipped = np.minimum(weight_U[source], reference_weight) * reference_weight
-        clipped *= np.exp(delta**2 / (-2 * SIGMA**2))
-        agreement = np.divide(clipped, norms, out=np.zeros_like(clipped), where=norms > 0)
-        total_H = np.bincount(hypothesis, agreement, minlength=len(hypotheses))
-        return np.asarray(SCALE * total_H / (MAX_ORDER * self._references_P[picture_H]))
+        # Cells beyond the references of a picture belong to others: their penalty is set to zero.
+        reference_HR = self._first_reference_P.take(picture_H)[:, None] + column_R
+        delta_HR = length_H[:, None] - self._length_S.take(reference_HR, mode="clip")
+        gauss_HR = _GAUSS.take(np.abs(delta_HR), mode="clip") * (column_R < references_H[:, None])
+        of_all_references = np.einsum("ur,ur->u", shared, gauss_HR[slot >> _ORDER_BITS])
+        shared_Z = np.bincount(slot, of_all_references, minlength=slots)
+        norm_Z = np.sqrt(square_Z)
+        cosine_Z = np.divide(shared_Z, norm_Z, out=np.zeros(slots), where=norm_Z > 0)
+        return np.asarray(SCALE / MAX_ORDER * cosine_Z.reshape(-1, MAX_ORDER).sum(axis=1) / references_H)
+
+    def _count(self, print_X: Prints, slot_X: Ints, picture_H: Ints) -> tuple[Ints, Ints, Ints, Floats]:
+        """Number and count the n-grams of hypotheses.
+
+        Args:
+            print_X: their fingerprints.
+            slot_X: their slots.
+            picture_H: the pictures of the hypotheses.
+
+        Returns:
+            Slot, number and count of every known n-gram, each once and sorted by slot; and for every slot the
+            sum of the squared weights of its unknown n-grams.
+        """
+        entry_X = self._entries.find(self._of_pictures(picture_H, slot_X >> _ORDER_BITS, print_X))
+        missed = np.flatnonzero(entry_X < 0)
+        gram = self._grams.find(print_X.take(missed))
+        number_X = entry_X + len(self._grams)
+        number_X[missed] = gram
+        unknown = missed[gram < 0]
+        square_Z = self._unknown_idf**2 * _squared_counts(
+            print_X.take(unknown), slot_X.take(unknown), len(picture_H) * MAX_ORDER
+        )
+        key_X = (slot_X << self._number_bits) | number_X
+        # Unknown ones have a number of -1, hence that key, and sort below all others.
+        key_X.sort()
+        key_X = key_X[len(unknown) :]
+        key_U, count_U = _runs(key_X)
+        return key_U >> self._number_bits, key_U & ((1 << self._number_bits) - 1), count_U, square_Z
 
     def _picture_indices(self, hypotheses: int, pictures: Sequence[int] | Ints | None) -> Ints:
-        picture_H = np.arange(self._pictures) if pictures is None else np.asarray(pictures, dtype=np.int64)
+        known = len(self._references_P)
+        picture_H = np.arange(known) if pictures is None else np.asarray(pictures, dtype=np.int64)
         if picture_H.shape != (hypotheses,):
             raise MetricError(
                 f"CIDEr-D: {hypotheses} hypotheses for {picture_H.size} pictures; give one each"
             )
-        if hypotheses and (picture_H.min() < 0 or picture_H.max() >= self._pictures):
-            raise MetricError(f"CIDEr-D: picture index out of 0..{self._pictures - 1}; number them as given")
+        if hypotheses and (picture_H.min() < 0 or picture_H.max() >= known):
+            raise MetricError(f"CIDEr-D: picture index out of 0..{known - 1}; number them as given")
         return picture_H
 
-    def _index(self, sentences: Sequence[Sequence[Hashable]], *, learn: bool) -> tuple[Ints, Ints]:
-        """Number the n-grams of all sentences.
+    def _word_fingerprints(self, sentences: Sequence[Sequence[Hashable]]) -> Prints:
+        """Return the fingerprints of all words in a row, also of words that are in no reference."""
+        known = map(self._vocabulary.get, chain.from_iterable(sentences), repeat(_NO_WORD))
+        print_L = np.frombuffer(b"".join(known), dtype=np.uint64)
+        unknown = np.flatnonzero(print_L == 0)
+        if not len(unknown):
+            return print_L
+        words = list(chain.from_iterable(sentences))
+        new = _name_words((words[i] for i in unknown.tolist()), first=len(self._vocabulary))
+        print_L = print_L.copy()
+        print_L[unknown] = np.frombuffer(b"".join(new[words[i]] for i in unknown.tolist()), dtype=np.uint64)
+        return print_L
 
-        An n-gram is looked up as the number of its prefix and its last word: exact, and one sorted table per order
-        holds them all. What is not in the tables gets numbers from G on, the same for the same n-gram.
+    def _occurrences(self, sentences: Sequence[Sequence[Hashable]]) -> tuple[Prints, Ints, Ints]:
+        """Find the n-grams of sentences.
 
         Args:
-            sentences: tokenised sentences.
-            learn: put the n-grams into the tables.
+            sentences: tokenised.
 
         Returns:
-            For every occurrence of an n-gram its slot (sentence x 4 + order - 1) and its number.
+            Fingerprint and slot (sentence x 4 + order - 1) of every occurrence; and of every sentence the
+            length that the penalty compares: like coco-caption, the number of pairs of words.
         """
-        words = list(chain.from_iterable(sentences))
-        lookup = self._vocabulary.get
-        word_L = np.array([lookup(word, -1) for word in words], dtype=np.int64)
-        known_words, extra = len(self._vocabulary), dict[Hashable, int]()
-        for i in np.flatnonzero(word_L < 0):
-            word_L[i] = known_words + extra.setdefault(words[i], len(extra))
-        length = np.array([len(s) for s in sentences], dtype=np.int64)
-        slot_L = np.repeat(np.arange(len(sentences)) * MAX_ORDER, length)
-        left_L = np.repeat(np.cumsum(length), length) - np.arange(len(words))
+        length = np.fromiter(map(len, sentences), np.int64, count=len(sentences))
+        print_L = self._word_fingerprints(sentences)
+        print_NL = np.zeros((MAX_ORDER, len(print_L)), dtype=np.uint64)
+        print_NL[0] = print_L
+        for n in range(1, MAX_ORDER):
+            print_NL[n, :-n] = extend(print_NL[n - 1, :-n], print_L[n:])
+        left_L = np.repeat(np.cumsum(length), length) - np.arange(len(print_L))
+        slot_NL = np.repeat(np.arange(len(length)) << _ORDER_BITS, length) | _ORDERS_N1
+        inside = np.flatnonzero(left_L > _ORDERS_N1)
+        return print_NL.take(inside), slot_NL.take(inside), np.maximum(length - 1, 0)
 
-        if learn:
-            self._first_gram.append(known_words)
-        next_unknown = self._first_gram[-1] + len(extra)
-        number_L = np.where(word_L < known_words, word_L, word_L - known_words + self._first_gram[-1])
-        slots, numbers = [slot_L], [number_L.copy()]
-        for order in range(2, MAX_ORDER + 1):
-            place = np.flatnonzero(left_L >= order)
-            prefix, last = number_L[place], word_L[place + order - 1]
-            if learn:
-                table, number = np.unique(prefix * known_words + last, return_inverse=True)
-                self._tables.append(table)
-                number += self._first_gram[-1]
-                self._first_gram.append(self._first_gram[-1] + len(table))
-            else:
-                number = self._find(order, prefix, last)
-                new = np.flatnonzero(number < 0)
-                fresh, rank = np.unique(
-                    prefix[new] * (known_words + len(extra)) + last[new], return_inverse=True
-                )
-                number[new] = next_unknown + rank
-                next_unknown += len(fresh)
-            number_L[place] = number
-            slots.append(slot_L[place] + order - 1)
-            numbers.append(number)
-        return np.concatenate(slots), np.concatenate(numbers)
+    def _whole_fingerprints(self, grams: Sequence[tuple[Hashable, ...]]) -> Prints:
+        """Return one fingerprint per n-gram, of all its words."""
+        prints = np.zeros(len(grams), dtype=np.uint64)
+        for order in range(1, MAX_ORDER + 1):
+            rows = [i for i, gram in enumerate(grams) if len(gram) == order]
+            words = self._word_fingerprints([grams[i] for i in rows]).reshape(-1, order)
+            prints[rows] = reduce(extend, words.T)
+        return prints
 
-    def _find(self, order: int, prefix: Ints, last: Ints) -> Ints:
-        """Look n-grams up by prefix and last word; -1 where the tables do not have them."""
-        table = self._tables[order - 2]
-        number = np.full(len(prefix), -1, dtype=np.int64)
-        if len(table):
-            key = prefix * len(self._vocabulary) + last
-            row = np.minimum(np.searchsorted(table, key), len(table) - 1)
-            hit = (
-                (table[row] == key) & (last < len(self._vocabulary)) & (prefix < self._first_gram[order - 1])
-            )
-            number[hit] = row[hit] + self._first_gram[order - 1]
-        return number
+    def _of_pictures(self, picture_K: Ints, sentence_X: Ints, print_X: Prints) -> Prints:
+        """Return the fingerprints of entries: the picture comes first, so that its entries adjoin.
 
-    def _count(self, references: Sequence[Sequence[Sequence[Hashable]]], slot_X: Ints, gram_X: Ints) -> None:
-        """Lay the n-grams out by picture and reference: E sorted keys, each with its run of references."""
-        self._references_P = np.array([len(sentences) for sentences in references], dtype=np.int64)
-        sentences = int(self._references_P.sum())
-        picture_S = np.repeat(np.arange(self._pictures), self._references_P)
-        own = slot_X < sentences * MAX_ORDER
-        reference_X = slot_X[own] // MAX_ORDER
-        key_X = picture_S[reference_X] * self._grams + gram_X[own]
-        self._entry_E, entry_X = np.unique(key_X, return_inverse=True)
-        key, self._pair_count = np.unique(entry_X * sentences + reference_X, return_counts=True)
-        pair_entry, self._pair_reference = np.divmod(key, sentences)
-        self._pair_start_E1 = np.searchsorted(pair_entry, np.arange(len(self._entry_E) + 1))
-        self._pair_gram = self._entry_E[pair_entry] % self._grams
-        self._length_S = np.array(
-            [max(0, len(s) - 1) for s in chain.from_iterable(references)], dtype=np.int64
-        )
+        Args:
+            picture_K: the picture of each sentence.
+            sentence_X: the sentence of each n-gram.
+            print_X: the fingerprint of each n-gram.
 
-    def _weigh(
-        self,
-        frequencies: DocumentFrequencies | None,
-        corpus: Sequence[tuple[Hashable, ...]],
-        slot_X: Ints,
-        gram_X: Ints,
-    ) -> None:
-        """Set the inverse document frequencies, and with them the weights and norms of the references."""
-        sentences = int(self._references_P.sum())
-        if frequencies is None:
-            documents = self._pictures
-            frequency_G = np.bincount(self._entry_E % self._grams, minlength=self._grams)
-        else:
-            documents = frequencies.documents
-            frequency_G = np.zeros(self._grams, dtype=np.int64)
-            order_C = np.array([len(gram) for gram in corpus], dtype=np.int64)
-            # A corpus n-gram was numbered as a sentence of its own: its one occurrence of full order is itself.
-            full_slot_C = (np.arange(len(corpus)) + sentences) * MAX_ORDER + order_C - 1
-            sought = np.isin(slot_X, full_slot_C)
-            of_corpus = slot_X[sought] // MAX_ORDER - sentences
-            frequency_C = np.array([frequencies.counts[gram] for gram in corpus], dtype=np.int64)
-            frequency_G[gram_X[sought]] = frequency_C[of_corpus]
-        inverse_G = np.log(float(documents)) - np.log(np.maximum(1.0, frequency_G))
-        self._idf_G1 = np.append(inverse_G, np.log(float(documents)))
-        self._pair_weight = self._pair_count * inverse_G[self._pair_gram]
-        order_pair = np.searchsorted(self._first_gram, self._pair_gram, side="right") - 1
-        self._norm_SN = np.sqrt(
-            np.bincount(
-                self._pair_reference * MAX_ORDER + order_pair,
-                self._pair_weight**2,
-                minlength=sentences * MAX_ORDER,
-            )
-        )
-        del self._pair_count, self._pair_gram
+        Returns:
+            A fingerprint for each n-gram.
+        """
+        high_K = picture_K.view(np.uint64) << (np.uint64(64) - self._picture_bits)
+        return np.asarray(high_K.take(sentence_X) | (print_X >> self._picture_bits))
+
+    def _lay_out(self, slot_X: Ints, picture_X: Ints, entry_X: Ints, idf_X: Floats) -> None:
+        """Give every entry a row of cells, one per reference of its picture.
+
+        A cell has the n-gram's count in the reference, and what one occurrence of it in a hypothesis shares
+        with the reference: the product of their weights, count x idf x idf, over the norm of the reference.
+
+        Args:
+            slot_X: slots of the n-grams of the references.
+            picture_X: their pictures.
+            entry_X: their entries.
+            idf_X: their inverse document frequencies.
+        """
+        width_E = np.zeros(len(self._entries), dtype=np.int64)
+        width_E[entry_X] = self._references_P[picture_X]
+        self._first_cell_E = np.cumsum(width_E) - width_E
+        cell_X = self._first_cell_E[entry_X] + (slot_X >> _ORDER_BITS) - self._first_reference_P[picture_X]
+        # A row is read as wide as the widest of the batch, beyond its own end.
+        cells = int(width_E.sum() + self._references_P.max())
+        self._count_cells = np.bincount(cell_X, minlength=cells).astype(np.uint16)
+        product_X = self._count_cells[cell_X] * idf_X**2
+        # An n-gram with count c occurs c times here: the sum over them is c x c x idf**2, its squared weight.
+        norm_X = np.sqrt(np.bincount(slot_X, product_X)[slot_X]) if len(slot_X) else product_X
+        self._share_cells = np.zeros(cells)
+        self._share_cells[cell_X] = np.divide(product_X, norm_X, out=np.zeros_like(norm_X), where=norm_X > 0)
+
+
+def _name_words(words: Iterable[Hashable], *, first: int) -> dict[Hashable, bytes]:
+    """Give every different word a fingerprint of eight bytes, none of them `_NO_WORD`."""
+    names = list(dict.fromkeys(words))
+    prints = scramble(np.arange(first, first + len(names))).tobytes()
+    return {name: prints[8 * i : 8 * i + 8] for i, name in enumerate(names)}
+
+
+def _runs(sorted_X: Ints) -> tuple[Ints, Ints]:
+    """Return the different values of a sorted array and how often each is there."""
+    first = np.flatnonzero(np.concatenate([_TRUE[: len(sorted_X)], sorted_X[1:] != sorted_X[:-1]]))
+    end = np.empty_like(first)
+    end[:-1] = first[1:]
+    end[-1:] = len(sorted_X)
+    return sorted_X.take(first), end - first
+
+
+def _squared_counts(print_X: Prints, slot_X: Ints, slots: int) -> Floats:
+    """Sum over the different n-grams of each slot the squares of their counts."""
+    key_X = extend(print_X, slot_X.view(np.uint64))
+    in_order = np.sort(key_X)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return np.bincount(slot_X, minlength=slots).astype(np.float64)
+    _, first, count = np.unique(key_X, return_index=True, return_counts=True)
+    return np.asarray(
+        np.bincount(slot_X[first], count.astype(np.float64) ** 2, minlength=slots), dtype=np.float64
+    )

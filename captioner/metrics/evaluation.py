@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captioner.errors import MetricError
 from captioner.metrics import bleu, java, ptb
-from captioner.metrics.cider import CiderD, DocumentFrequencies
+from captioner.metrics.cider import CiderD
+from captioner.metrics.frequencies import DocumentFrequencies
 from captioner.metrics.intervals import Difference, Interval, bootstrap, compare_paired
 from captioner.metrics.language import Language, describe
 from captioner.metrics.readers import listed
@@ -164,33 +165,12 @@ def evaluate(
         The scores.
 
     Raises:
-        MetricError: a picture has no prediction, no reference or one side only; or METEOR or SPICE cannot run.
+        MetricError: a picture has a prediction but no references or the reverse; or METEOR or SPICE cannot
+            run.
     """
-    names = _names(predictions, references)
-    for metric, wanted in (("METEOR", meteor), ("SPICE", spice)):
-        lack = java.missing(metric) if wanted else None
-        if lack is not None:
-            raise MetricError(f"{metric} cannot run: {lack}")
-    tokens = [ptb.tokenize(predictions[name]) for name in names]
-    truth = [[ptb.tokenize(caption) for caption in references[name]] for name in names]
-    statistics_PK = _statistics(tokens, truth, frequencies)
-    scores = dict(
-        zip(METRICS, map(float, _score_sums(statistics_PK.sum(axis=0, keepdims=True))[0]), strict=True)
-    )
-    if meteor:
-        scores["METEOR"] = PERCENT * java.meteor(tokens, truth)
-    if spice:
-        scores["SPICE"] = PERCENT * java.spice(tokens, truth)
-    intervals = bootstrap(statistics_PK, _score_sums, resamples=resamples, confidence=confidence, seed=seed)
-    card = ProtocolCard(
-        tokenizer=ptb.NAME,
-        document_frequencies="evaluated references" if frequencies is None else frequencies.name,
-        pictures=len(names),
-        references=sum(map(len, truth)),
-        references_sha256=hash_references(references),
-        interval=f"{confidence:.0%}, bootstrap over pictures, {resamples} resamples, seed {seed}",
-    )
-    return Evaluation(scores, dict(zip(METRICS, intervals, strict=True)), describe(tokens), card)
+    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed)
+    truth = _Truth.of(references, settings)
+    return _evaluate(_tokenise(predictions, truth), truth, settings)
 
 
 def compare(
@@ -224,28 +204,22 @@ def compare(
     Raises:
         MetricError: as in `evaluate`.
     """
-    names = _names(first, references)
-    _names(second, references)
-    truth = [[ptb.tokenize(caption) for caption in references[name]] for name in names]
-    both = [
-        _statistics([ptb.tokenize(side[name]) for name in names], truth, frequencies)
-        for side in (first, second)
-    ]
-    differences = compare_paired(*both, _score_sums, resamples=resamples, confidence=confidence, seed=seed)
-    evaluations = [
-        evaluate(
-            side,
-            references,
-            frequencies=frequencies,
-            meteor=meteor,
-            spice=spice,
-            resamples=resamples,
-            confidence=confidence,
-            seed=seed,
-        )
-        for side in (first, second)
-    ]
-    return Comparison(evaluations[0], evaluations[1], dict(zip(METRICS, differences, strict=True)))
+    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed)
+    truth = _Truth.of(references, settings)
+    tokens_a, tokens_b = _tokenise(first, truth), _tokenise(second, truth)
+    differences = compare_paired(
+        truth.statistics(tokens_a),
+        truth.statistics(tokens_b),
+        _score_sums,
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return Comparison(
+        _evaluate(tokens_a, truth, settings),
+        _evaluate(tokens_b, truth, settings),
+        dict(zip(METRICS, differences, strict=True)),
+    )
 
 
 def hash_references(references: Mapping[str, Sequence[str]]) -> str:
@@ -261,41 +235,106 @@ def hash_references(references: Mapping[str, Sequence[str]]) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
-def _names(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> list[str]:
-    missing = [name for name in references if name not in predictions]
-    extra = [name for name in predictions if name not in references]
+class _Settings(NamedTuple):
+    frequencies: DocumentFrequencies | None
+    meteor: bool
+    spice: bool
+    resamples: int
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The references, tokenised once: by picture in the order of the names."""
+
+    names: list[str]
+    tokens: list[list[list[str]]]
+    cider: CiderD
+    card: ProtocolCard
+
+    @classmethod
+    def of(cls, references: Mapping[str, Sequence[str]], settings: _Settings) -> _Truth:
+        for metric, wanted in (("METEOR", settings.meteor), ("SPICE", settings.spice)):
+            lack = java.missing(metric) if wanted else None
+            if lack is not None:
+                raise MetricError(f"{metric} cannot run: {lack}")
+        bare = [name for name in references if not references[name]]
+        if bare:
+            raise MetricError(
+                f"{len(bare)} pictures have an empty list of references ({listed(bare)}); leave them out"
+            )
+        if not references:
+            raise MetricError("no pictures to evaluate; give at least one prediction with its references")
+        names = sorted(references)
+        tokens = [[ptb.tokenize(caption) for caption in references[name]] for name in names]
+        card = ProtocolCard(
+            tokenizer=ptb.NAME,
+            document_frequencies=settings.frequencies.name
+            if settings.frequencies
+            else "evaluated references",
+            pictures=len(names),
+            references=sum(map(len, tokens)),
+            references_sha256=hash_references(references),
+            interval=f"{settings.confidence:.0%}, bootstrap over pictures, {settings.resamples} resamples, "
+            f"seed {settings.seed}",
+        )
+        cider = CiderD([_words(sentences) for sentences in tokens], frequencies=settings.frequencies)
+        return cls(names, tokens, cider, card)
+
+    def statistics(self, tokens: Sequence[Sequence[str]]) -> Floats:
+        """Return what the scores are sums of, by picture: BLEU's counts, ROUGE-L, CIDEr-D and a one."""
+        words = _words(tokens)
+        counts = bleu.count(words, [_words(sentences) for sentences in self.tokens]).stacked()
+        means = [rouge_l(tokens, self.tokens), self.cider.score(words), np.ones(len(tokens))]
+        return np.concatenate([counts, np.stack(means, axis=1)], axis=1)
+
+
+def _words(tokens: Sequence[Sequence[str]]) -> list[list[str]]:
+    # coco-caption splits at any white space for BLEU and CIDEr, at blanks alone for ROUGE-L: "1\u00a01/2" is
+    # two words there and one here.
+    return [" ".join(sentence).split() for sentence in tokens]
+
+
+def _tokenise(predictions: Mapping[str, str], truth: _Truth) -> list[list[str]]:
+    known = set(truth.names)
+    missing = [name for name in truth.names if name not in predictions]
+    extra = [name for name in predictions if name not in known]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} of {len(references)} pictures have no prediction ({listed(missing)})")
+        faults.append(f"{len(missing)} of {len(known)} pictures have no prediction ({listed(missing)})")
     if extra:
         faults.append(f"{len(extra)} predictions are of pictures without references ({listed(extra)})")
     if faults:
         raise MetricError(f"{'; '.join(faults)}; predict exactly the pictures of the references")
-    bare = [name for name in references if not references[name]]
-    if bare:
-        raise MetricError(
-            f"{len(bare)} pictures have an empty list of references ({listed(bare)}); leave them out"
-        )
-    if not references:
-        raise MetricError("no pictures to evaluate; give at least one prediction with its references")
-    return sorted(references)
+    return [ptb.tokenize(predictions[name]) for name in truth.names]
 
 
-def _statistics(
-    tokens: Sequence[Sequence[str]],
-    truth: Sequence[Sequence[Sequence[str]]],
-    frequencies: DocumentFrequencies | None,
-) -> Floats:
-    """Everything that the scores are sums of, one row per picture: BLEU's counts, ROUGE-L, CIDEr-D, and a one."""
-    cider_P = CiderD(truth, frequencies=frequencies).score(tokens)
-    columns = [rouge_l(tokens, truth)[:, None], cider_P[:, None], np.ones((len(tokens), 1))]
-    return np.concatenate([bleu.count(tokens, truth).stacked(), *columns], axis=1)
+def _evaluate(tokens: list[list[str]], truth: _Truth, settings: _Settings) -> Evaluation:
+    statistics_PK = truth.statistics(tokens)
+    scores = dict(
+        zip(METRICS, _score_sums(statistics_PK.sum(axis=0, keepdims=True))[0].tolist(), strict=True)
+    )
+    if settings.meteor:
+        scores["METEOR"] = PERCENT * java.meteor(tokens, truth.tokens)
+    if settings.spice:
+        scores["SPICE"] = PERCENT * java.spice(tokens, truth.tokens)
+    intervals = bootstrap(
+        statistics_PK,
+        _score_sums,
+        resamples=settings.resamples,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
+    return Evaluation(
+        scores, dict(zip(METRICS, intervals, strict=True)), describe(_words(tokens)), truth.card
+    )
 
 
 def _score_sums(sums_RK: Floats) -> Floats:
     bleu_R4 = bleu.score_sums(sums_RK[:, :-3])
     means_R2 = sums_RK[:, -3:-1] / sums_RK[:, -1:]
-    return PERCENT * np.concatenate([bleu_R4, means_R2], axis=1)
+    return np.asarray(PERCENT * np.concatenate([bleu_R4, means_R2], axis=1))
 
 
 def _card_lines(card: ProtocolCard) -> list[str]:

@@ -39,8 +39,8 @@ class Difference:
     Attributes:
         value: first minus second.
         interval: of the difference, from resamples in which both have the same pictures (Koehn 2004).
-        p_value: two-sided, by approximate randomisation: how often a difference at least as large appears when the
-            two predictions of each picture are swapped at random (Noreen 1989).
+        p_value: two-sided, by approximate randomisation: how often a difference at least as large appears
+            when the two predictions of each picture are swapped at random (Noreen 1989).
     """
 
     value: float
@@ -107,7 +107,8 @@ def compare_paired(
         swap_RP = rng.integers(0, 2, size=(rows, len(first_PK))).astype(np.float64)
         shift_RK = swap_RP @ moved_PK
         shuffled_RM = score(first_PK.sum(axis=0) + shift_RK) - score(second_PK.sum(axis=0) - shift_RK)
-        # Equal differences must count as at least as large, whatever the order of summation did to the last bits.
+        # Equal differences must count as at least as large, whatever the order of summation did to the last
+        # bits.
         at_least_M += (np.abs(shuffled_RM) >= np.abs(value_M) - 1e-12).sum(axis=0)
     p_value_M = (at_least_M + 1) / (resamples + 1)
     return [

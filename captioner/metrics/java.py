@@ -1,4 +1,4 @@
-"""METEOR and SPICE, which exist only as Java programs: run through pycocoevalcap where both are, never downloaded."""
+"""METEOR and SPICE, which exist as Java programs: run by pycocoevalcap where both are, never downloaded."""
 
 from __future__ import annotations
 

@@ -10,26 +10,126 @@ from dataclasses import dataclass
 
 Tokens = Sequence[str]
 
-# No English description of a picture ends in one of these. Words that end whole sentences are left out, though they
-# are prepositions or determiners elsewhere: "looks on", "walks by", "behind her", "next to each other".
+# No English description of a picture ends in one of these. Words that end whole sentences are left out,
+# though they are prepositions or determiners elsewhere: "looks on", "walks by", "behind her", "next to each
+# other". fmt: off
 UNFINISHED_ENDS = frozenset(
-    # articles, possessives
-    "a an the its their his my your our every "
-    # conjunctions and relative words
-    "and or but nor while as because if than although though whose which who "
-    # prepositions that need what follows
-    "of at from into onto for to toward towards against between among amongst amidst during upon via beneath "
-    "beside besides per "
-    # verbs that need what follows
-    "is are was were be being has have".split()
+    {
+        # articles, possessives
+        "a",
+        "an",
+        "the",
+        "its",
+        "their",
+        "his",
+        "my",
+        "your",
+        "our",
+        "every",
+        # conjunctions and relative words
+        "and",
+        "or",
+        "but",
+        "nor",
+        "while",
+        "as",
+        "because",
+        "if",
+        "than",
+        "although",
+        "though",
+        "whose",
+        "which",
+        "who",
+        # prepositions that need what follows
+        "of",
+        "at",
+        "from",
+        "into",
+        "onto",
+        "for",
+        "to",
+        "toward",
+        "towards",
+        "against",
+        "between",
+        "among",
+        "amongst",
+        "amidst",
+        "during",
+        "upon",
+        "via",
+        "beneath",
+        "beside",
+        "besides",
+        "per",
+        # verbs that need what follows
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "being",
+        "has",
+        "have",
+    }
 )
 
 # Words that do not make a phrase: articles, pronouns, prepositions, conjunctions, auxiliaries.
-FUNCTION_WORDS = UNFINISHED_ENDS | frozenset(
-    "this that these those some any each another one other he she it they him her them itself himself herself "
-    "themselves in on by with without near over under above below behind through across around along up down off out "
-    "inside outside past about after before there where when what it 's".split()
-)
+FUNCTION_WORDS = UNFINISHED_ENDS | {
+    "this",
+    "that",
+    "these",
+    "those",
+    "some",
+    "any",
+    "each",
+    "another",
+    "one",
+    "other",
+    "he",
+    "she",
+    "it",
+    "they",
+    "him",
+    "her",
+    "them",
+    "itself",
+    "himself",
+    "herself",
+    "themselves",
+    "in",
+    "on",
+    "by",
+    "with",
+    "without",
+    "near",
+    "over",
+    "under",
+    "above",
+    "below",
+    "behind",
+    "through",
+    "across",
+    "around",
+    "along",
+    "up",
+    "down",
+    "off",
+    "out",
+    "inside",
+    "outside",
+    "past",
+    "about",
+    "after",
+    "before",
+    "there",
+    "where",
+    "when",
+    "what",
+    "'s",
+}
+# fmt: on
 
 _LONGEST_PHRASE = 4
 
@@ -90,9 +190,9 @@ def is_unfinished(tokens: Tokens) -> bool:
 def repeats_phrase(tokens: Tokens) -> bool:
     """Tell whether a caption says a phrase twice: "a blue shirt and a blue shirt", "a dog a dog", "on on".
 
-    That is: a run of 1 to 4 words is followed at once by itself; or a run of 2 to 4 words, at least two of them
-    outside `FUNCTION_WORDS`, comes again later without overlap. "A man in red and a man in blue" repeats nothing:
-    of "a man in" only "man" is a content word.
+    That is: a run of 1 to 4 words is followed at once by itself; or a run of 2 to 4 words, at least two of
+    them outside `FUNCTION_WORDS`, comes again later without overlap. "A man in red and a man in blue" repeats
+    nothing: of "a man in" only "man" is a content word.
 
     Args:
         tokens: the words of the caption.

@@ -1,7 +1,7 @@
 """Parts of the patterns of `ptb_rules`: characters, abbreviations, tags, telephone numbers, symbols.
 
-Where something is a list, it is the list of the Stanford tokenizer 3.4.1, oddities included: the tokens must be equal.
-Case matters inside [...] and not elsewhere, so that literal words stand in (?i:...).
+Where something is a list, it is that of the Stanford tokenizer 3.4.1, oddities included: the tokens must be
+equal. Case matters inside [...] and not elsewhere, so that literal words stand in (?i:...).
 """
 
 from __future__ import annotations
@@ -43,32 +43,33 @@ ABBREVIATION = (
     "|(?i:Inc|Cos?|Corp|Ltd|Plc|Rt|Bancorp|Bhd|Assn|Univ|Intl|Sys)|(?i:Pp?t)[ye](?i:s?)"
     "|(?i:tel|est|ext|sq|Jr|Sr|Bros|(?:Ed|Ph)\\.D|Blvd|Rd|Esq|etc|al|seq|Bldg))\\."
 )
-ACRONYM_REST = "|(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\\.S|U\\.S\\.-(?:U\\.K|U\\.S\\.S\\.R)))"
-LONG_ACRONYM = "(?:[A-Za-z](?:\\.[A-Za-z])+" + ACRONYM_REST
-ACRONYM = "(?:[A-Za-z](?:\\.[A-Za-z])*" + ACRONYM_REST
+# Long forms first: re takes the first alternative that fits, and the longest is wanted.
+_COUNTRIES = "(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\\.S|U\\.S\\.-(?:U\\.K|U\\.S\\.S\\.R))"
+LONG_ACRONYM = f"(?:{_COUNTRIES}|[A-Za-z](?:\\.[A-Za-z])+)"
+ACRONYM = f"(?:{LONG_ACRONYM}|[A-Za-z])"
 # Titles and others that are followed by a name, without their dot.
 TITLE = (
-    f"(?:[A-Za-z]|{LONG_ACRONYM}|(?i:Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj)"
+    f"(?:{LONG_ACRONYM}|(?i:Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj)"
     "|(?i:Sgt|Cpl|Pvt|Capt|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp)"
     "|(?i:Mlle|Mme|Msgr|Sfc)|M(?i:iss)"
-    "|(?i:vs|Alex|Wm|Jos|Cie|Ph|a\\.k\\.a|cf|TREAS|Invt|Elec|Natl|Dept)|(?i:M)[ft](?i:g))"
-)
-# A word that begins a sentence: before it, "C." is "C" and a full stop.
-SENTENCE_START = (
-    "(?:A|A(?i:bout|ccording|dditionally|fter|n|s|t)|B(?i:ut)|E(?i:arlier)|H(?i:e|er|ere|owever)|I(?i:f|n|t)|L(?i:ast)"
-    "|M(?i:any|ore|r\\.|s\\.)|N(?i:ow)|O(?i:nce|ne|ther|ur)|S(?i:he|ince|o|ome|uch)"
-    "|T(?i:hat|he|heir|hen|here|hese|hey|his)|W(?i:e|hen|hile|hat)|Y(?i:et|ou))"
+    "|(?i:vs|Alex|Wm|Jos|Cie|Ph|a\\.k\\.a|cf|TREAS|Invt|Elec|Natl|Dept)|(?i:M)[ft](?i:g)|[A-Za-z])"
 )
 TAG_NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 TAG = (
     f"<(?:[!?][A-Za-z-][^>\\r\\n]*|/{TAG_NAME}"
     f"|{TAG_NAME}(?:[ ]+{TAG_NAME}(?:[ ]*=[ ]*(?:'[^']*'|\"[^\"]*\"))?)*[ ]*/?)[ ]*>"
 )
+# A word or tag that begins a sentence: before it, "C." is "C" and a full stop.
+SENTENCE_START = (
+    f"(?:{TAG}|A|A(?i:bout|ccording|dditionally|fter|n|s|t)|B(?i:ut)|E(?i:arlier)|H(?i:e|er|ere|owever)|I(?i:f|n|t)|L(?i:ast)"
+    "|M(?i:any|ore|r\\.|s\\.)|N(?i:ow)|O(?i:nce|ne|ther|ur)|S(?i:he|ince|o|ome|uch)"
+    "|T(?i:hat|he|heir|hen|here|hese|hey|his)|W(?i:e|hen|hile|hat)|Y(?i:et|ou))"
+)
 EXTENSION = (
     "(?i:bat|bmp|c|class|cgi|cpp|dll|doc|docx|exe|gif|gz|h|htm|html|jar|java|jpeg|jpg|mov|mp3|pdf|php|pl|png|ppt|ps|py"
     "|sql|tar|txt|wav|x|xml|zip)"
 )
-PATH = '(?:/[^ \\t\\n\\f\\r"<>|()]+[^ \\t\\n\\f\\r"<>|.!?(){},-])?'
+PATH = '/[^ \\t\\n\\f\\r"<>|()]+[^ \\t\\n\\f\\r"<>|.!?(){},-]'
 PHONE = (
     "(?:\\([0-9]{2,3}\\)[ \u00a0]?|(?:\\+\\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
     "[0-9]{3,4}[- \u00a0]?[0-9]{3,5}|(?:(?:\\+\\+?)?[0-9]{2,4}\\.)?[0-9]{2,4}\\.[0-9]{3,4}\\.[0-9]{3,5}"
@@ -81,12 +82,14 @@ SYMBOL = (
 )
 QUOTE_FORMS = (
     ("&apos;", "'"),
-    ("\"|&quot;|[\u0094\u201d\u00bb]", "''"),
+    ('"|&quot;|[\u0094\u201d\u00bb]', "''"),
     ("[\u0091\u2018\u201b\u2039]", "`"),
     ("[\u0092\u2019\u203a]", "'"),
     ("[\u0093\u201c\u00ab]", "``"),
 )
-FRACTIONS = str.maketrans({"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"})
+FRACTIONS = str.maketrans(
+    {"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"}
+)
 
 
 @cache

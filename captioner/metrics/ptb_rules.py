@@ -1,8 +1,8 @@
 """The rules of `ptb`: what the Stanford tokenizer 3.4.1 takes for one token, as regular expressions.
 
-A rule is a pattern and what becomes of its match. At each place the rule with the longest match wins, the earlier of
-two equals. Where a pattern has a group, only the group is the token: the rest must follow, counts as length, and is
-read again.
+A rule is a pattern and what becomes of its match. At each place the rule with the longest match wins, the
+earlier of two equals. Where a pattern has a group, only the group is the token: the rest must follow, counts
+as length, and is read again.
 """
 
 from __future__ import annotations
@@ -132,11 +132,13 @@ def _words() -> _Table:
 
 
 def _addresses() -> _Table:
+    www = r'(?i:www\.)(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}'
     return [
         (r'(?i:https?://)[^ \t\n\f\r"<>|(){}]+[^ \t\n\f\r"<>|.!?(){},-]', _same),
-        (rf'(?i:www\.)(?:[^ \t\n\f\r"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{p.PATH}', _same),
+        (rf"{www}{p.PATH}", _same),
+        (www, _same),
         # The range from , to _ takes capitals, digits, / and : with it.
-        (rf'(?:[^ \t\n\f\r"`\'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu){p.PATH}', _same),
+        (rf'(?:[^ \t\n\f\r"`\'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu)(?:{p.PATH})?', _same),
         (
             r'(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}\u00a0]*@(?:[^ \t\n\f\r"<>|(){}.\u00a0]+\.)*'
             r'[^ \t\n\f\r"<>|(){}.\u00a0]+(?:>|(?i:&gt;))?',
@@ -157,7 +159,10 @@ def _numbers() -> _Table:
         ("[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)", _same),
         (rf"(?:{d}{{1,4}}[- \u00a0])?{d}{{1,4}}(?:\\?/|\u2044){d}{{1,4}}", _joined),
         ("[\u00bc-\u00be\u2153-\u215e]", _fraction),
-        (r"(?i:-(?:RRB|LRB|RCB|LCB|RSB|LSB)-|C\.D\.s|pro-|anti-|S(?:&|&amp;)P-500|S(?:&|&amp;)Ls)", _ampersand),
+        (
+            r"(?i:-(?:RRB|LRB|RCB|LCB|RSB|LSB)-|C\.D\.s|pro-|anti-|S(?:&|&amp;)P-500|S(?:&|&amp;)Ls)",
+            _ampersand,
+        ),
         (f"(?i:Cap{p.APOSTROPHE}n|c{p.APOSTROPHE}est)", _same),
         (r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}", _same),
         (r"[A-Z]*\$|#", _same),
@@ -187,10 +192,12 @@ def _abbreviations() -> _Table:
 
 def _punctuation() -> _Table:
     return [
-        ('"|(?i:&quot;)', _nothing),
+        ('"|(?i:&quot;)', _quotes),
         ("<|(?i:&lt;)", _constant("<")),
         (">|(?i:&gt;)", _constant(">")),
         (r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]", _brackets),
+        # A smiley with a slip of the pen, kept because the tokens must be equal.
+        (r"[\^x=~<>]\.\[\^(?i:x)=[^<]*<>\]", _brackets),
         (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", _brackets),
         (r"\{", _constant("-LCB-")),
         (r"\}", _constant("-RCB-")),
@@ -212,7 +219,7 @@ def _compounds() -> _Table:
     a = f"[{p.letters()}{p.digits()}]"
     part = f"(?:[dDoOlL]{p.ANY_APOSTROPHE}{a})?{a}+"
     thing = f"{part}(?:[-_\u058a\u2010\u2011]{part})*"
-    hyphenated = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z0-9\u00ad]+|{p.LONG_ACRONYM}\.))+"
+    hyphenated = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
     capitals = "[A-Z]+(?:(?:[+&]|(?i:&amp;))[A-Z]+)+"
     return [
         (rf"({hyphenated}\.){p.AFTER_DOT}", _without_soft_hyphens),
@@ -230,7 +237,7 @@ def _quotation_marks() -> _Table:
         (_CLITIC, _quotes),
         (_NOT, _quotes),
         (
-            f"{p.APOSTROPHE}|''|[`\u2018\u2019\u201a-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{{1,2}}",
+            f"[`\u2018\u2019\u201a-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{{1,2}}|''|{p.APOSTROPHE}",
             _quotes,
         ),
     ]

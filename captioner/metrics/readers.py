@@ -1,7 +1,8 @@
 """Predictions and references from files, or a clear error with file, line and fault.
 
-Predictions: JSONL records as `captioner batch` writes them, or COCO results. References: Karpathy JSON, COCO captions
-JSON, a Flickr8k token file, or JSONL. The format is told from the content, not from the name of the file.
+Predictions: JSONL records as `captioner batch` writes them, or COCO results. References: Karpathy JSON, COCO
+captions JSON, a Flickr8k token file, or JSONL. The format is told from the content, not from the name of the
+file.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def read_predictions(path: Path | str, references: References) -> dict[str, str]
         The caption of each picture, by the picture's name in the references.
 
     Raises:
-        MetricError: the file is unreadable or damaged, a picture comes twice, or a record holds an error instead of
-            a caption.
+        MetricError: the file is unreadable or damaged, a picture comes twice, or a record holds an error
+            instead of a caption.
     """
     text = _read(path)
     if text.lstrip().startswith("["):
@@ -119,8 +120,8 @@ def read_references(
         The captions by picture.
 
     Raises:
-        MetricError: the file is unreadable, damaged or of no known format, the split or a picture of `only` is not
-            in it, or nothing is left.
+        MetricError: the file is unreadable, damaged or of no known format, the split or a picture of `only`
+            is not in it, or nothing is left.
     """
     text = _read(path)
     if not text.lstrip().startswith("{"):
@@ -245,8 +246,8 @@ def _flickr(path: Path | str, text: str) -> References:
         name, sharp, index = key.rpartition("#")
         if not (tab and sharp and name and index.isdigit()):
             raise MetricError(
-                f"{path}:{number}: no reference line; expected NAME.jpg#N<TAB>caption, or one of Karpathy JSON, "
-                f"COCO captions JSON and JSONL; got {line.strip()[:40]!r}"
+                f"{path}:{number}: no reference line; expected NAME.jpg#N<TAB>caption, Karpathy JSON, "
+                f"COCO captions JSON or JSONL; got {line.strip()[:40]!r}"
             )
         captions.setdefault(name, []).append(sentence.strip())
     return References(captions)

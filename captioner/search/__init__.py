@@ -3,6 +3,5 @@
 from captioner.search.dispatch import search, stream
 from captioner.search.hypothesis import Hypothesis, Phrase, SearchVocabulary, StreamedWord
 from captioner.search.scoring import score_tokens
-from captioner.search.scoring import score_tokens
 
 __all__ = ["Hypothesis", "Phrase", "SearchVocabulary", "StreamedWord", "score_tokens", "search", "stream"]

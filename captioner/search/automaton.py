@@ -30,8 +30,9 @@ _Text = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Automaton:
-    """The automaton as tables. State `START` is the empty caption; the last state is dead: a demand is
-    broken.
+    """The automaton as tables.
+
+    State `START` is the empty caption; the last state is dead: a demand is broken.
 
     Args:
         class_V: int64, the class of every token.
@@ -63,7 +64,7 @@ class Automaton:
             last row is False.
         """
         used_A = torch.bincount(self.class_V, minlength=self.next_SA.shape[1]) > 0
-        used_A[[FORBIDDEN, END]] = False
+        used_A[END] = False
         after_SA = self.next_SA[:, used_A]
         table_TS = torch.zeros(max_words + 2, len(self.met_S), dtype=torch.bool)
         for words in range(max_words, -1, -1):
@@ -161,11 +162,7 @@ def _ngrams(text: _Text, length: int) -> list[_Text]:
 def _outermost(texts: Iterable[_Text]) -> list[_Text]:
     """Drop repeated phrases and those that stand within another: they are met with it."""
     unique = list(dict.fromkeys(texts))
-    return [
-        text
-        for text in unique
-        if not any(other != text and text in _ngrams(other, len(text)) for other in unique)
-    ]
+    return [text for text in unique if not any(other != text and text in _ngrams(other, len(text)) for other in unique)]
 
 
 def _sets(count: int) -> Tensor:
@@ -195,9 +192,8 @@ def _transitions(trie: _Trie, *, bans: list[_Text], required: list[_Text], ngram
     gained_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
     for bit, text in enumerate(required):
         gained_N[trie.ending_with(text)] |= 1 << bit
-    banned_N = torch.zeros(len(trie.nodes), dtype=torch.bool)
-    for ban in bans:
-        banned_N |= trie.ending_with(ban)
+    banned = set(bans)
+    banned_N = torch.tensor([any(end in banned for end in _ends(text)) for text in trie.nodes])
     met_NMA = met_M[None, :, None] | gained_N[trie.next_NA][:, None, :]
     next_NMA = trie.next_NA[:, None, :] * len(met_M) + met_NMA
     next_NMA.masked_fill_(banned_N[trie.next_NA][:, None, :], dead)

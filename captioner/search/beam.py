@@ -16,10 +16,9 @@ from captioner.config import SearchOptions
 from captioner.search.constraints import Constraints
 from captioner.search.engine import Choice, Rows
 
-# Sums in float32 of at most 201 terms are off by less than this share; a picture stops only when it is clear
-# of it.
+# Sums of at most 201 terms in float32 are off by less than this share: a picture stops only beyond it.
 _ROUNDING = 1e-4
-_PENALTY_LIMIT = 1e30  # a penalty lowers a word; it must not become the -inf that forbids it
+_DIVERSITY_LIMIT = 1e30  # a penalty lowers a word; it must not become the -inf that forbids it
 
 
 class BeamMethod:
@@ -46,10 +45,9 @@ class BeamMethod:
         self._beam_size = beam_size
         self._lane_size = beam_size // groups
         self._lanes = groups * constraints.banks
-        self._penalty = options.diversity if groups > 1 else 0.0
+        self._penalty = min(options.diversity, _DIVERSITY_LIMIT) if groups > 1 else 0.0
         self._ended_BL = torch.zeros(pictures, self._lanes, dtype=torch.int64, device=device)
-        # One caption may end once in each group: so many of the best ended ones hold n_best different
-        # captions.
+        # One caption may end once in each group: so many ended ones hold at least n_best different ones.
         enough = (options.n_best - 1) * groups + 1
         self._best_BE = torch.full((pictures, enough), -torch.inf, device=device)
 
@@ -66,7 +64,7 @@ class BeamMethod:
             if self._lanes > 1:
                 lane_score_BM = score_BM.masked_fill((lane_BM != lane) & (lane_BM >= 0), -torch.inf)
             if self._penalty:
-                lane_score_BM = lane_score_BM - penalty_BV.gather(1, token_BM).clamp(max=_PENALTY_LIMIT)
+                lane_score_BM = lane_score_BM - penalty_BV.gather(1, token_BM)
             best_BJ, index_BJ = lane_score_BM.topk(width, dim=1)
             free_B1 = (self._lane_size - self._ended_BL[:, lane])[:, None]
             index.append(index_BJ)
@@ -89,13 +87,13 @@ class BeamMethod:
         lane, and the earlier groups of a diverse beam lower at most the words that they chose.
         """
         lines, width = rows.alive_BW.shape
-        scores_NV = log_probs_NV + rows.sum_BW.flatten()[:, None]
         named_A = self._constraints.named_ids if self._constraints.banks > 1 else None
-        others_NV = scores_NV if named_A is None else scores_NV.index_fill(1, named_A, -torch.inf)
-        score_NC, token_NC = others_NV.topk(min(self._beam_size, scores_NV.shape[1]), dim=1)
+        others_NV = log_probs_NV if named_A is None else log_probs_NV.index_fill(1, named_A, -torch.inf)
+        best_NC, token_NC = others_NV.topk(min(self._beam_size, log_probs_NV.shape[1]), dim=1)
         if named_A is not None:
-            score_NC = torch.cat([score_NC, scores_NV[:, named_A]], dim=1)
+            best_NC = torch.cat([best_NC, log_probs_NV[:, named_A]], dim=1)
             token_NC = torch.cat([token_NC, named_A.expand(len(token_NC), -1)], dim=1)
+        score_NC = best_NC + rows.sum_BW.flatten()[:, None]
         score_NC = score_NC.masked_fill(~rows.alive_BW.flatten()[:, None], -torch.inf)
         slot_M = torch.arange(width, device=score_NC.device).repeat_interleave(score_NC.shape[1])
         return score_NC.reshape(lines, -1), slot_M.expand(lines, -1), token_NC.reshape(lines, -1)

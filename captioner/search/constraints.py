@@ -112,9 +112,7 @@ class Constraints:
 
 def _forbid_repeats(log_probs_NV: Tensor, history_NT: Tensor, *, ngram: int) -> None:
     """Set to -inf, in place, each word that would complete an n-gram which the row already has."""
-    before_NGn = (
-        history_NT.unfold(1, ngram - 1, 1) if ngram > 1 else history_NT.new_empty(*history_NT.shape, 0)
-    )
+    before_NGn = history_NT.unfold(1, ngram - 1, 1) if ngram > 1 else history_NT.new_empty(*history_NT.shape, 0)
     followed_NG = history_NT[:, ngram - 1 :]
     earlier_NGn = before_NGn[:, : followed_NG.shape[1]]
     latest_N1n = history_NT[:, history_NT.shape[1] - (ngram - 1) :][:, None]

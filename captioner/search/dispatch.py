@@ -10,9 +10,9 @@ from torch import Tensor
 from captioner.config import SearchOptions
 from captioner.decoders.protocol import Decoder
 from captioner.errors import ConfigError, SearchError
-from captioner.search.demands import Demands
 from captioner.search.beam import BeamMethod
 from captioner.search.constraints import Constraints
+from captioner.search.demands import Demands
 from captioner.search.engine import Engine, Method
 from captioner.search.hypothesis import Hypothesis, Phrase, SearchVocabulary, StreamedWord, rank_score
 from captioner.search.sampling import SampleMethod
@@ -56,9 +56,7 @@ def search(
     if len(grid_BPC) == 0:
         return []
     with torch.inference_mode():
-        engine = _start(
-            decoder, grid_BPC, vocabulary=vocabulary, options=options, must_include=must_include, ban=ban
-        )
+        engine = _start(decoder, grid_BPC, vocabulary=vocabulary, options=options, must_include=must_include, ban=ban)
         while engine.open:
             engine.step()
     # Outside of inference mode, so that the maps are ordinary tensors.
@@ -90,9 +88,7 @@ def stream(
         SearchError: when the demands exclude each other, or the decoder cannot write `max_words`.
     """
     if options.method == "beam":
-        raise ConfigError(
-            "a beam knows no word before its end; stream with method='greedy' or method='sample'"
-        )
+        raise ConfigError("a beam knows no word before its end; stream with method='greedy' or method='sample'")
     if options.n_best != 1:
         raise ConfigError(f"a stream is one caption, got n_best={options.n_best}; set n_best=1")
     if len(grid_1PC) != 1:
@@ -144,13 +140,12 @@ def _start(
 def _check(decoder: Decoder, options: SearchOptions, must_include: Sequence[Phrase]) -> None:
     if options.max_words + 1 > decoder.max_tokens:
         raise SearchError(
-            f"max_words={options.max_words} needs {options.max_words + 1} tokens with the end, but this model "
-            f"writes at most {decoder.max_tokens}; set max_words to at most {decoder.max_tokens - 1}"
+            f"max_words={options.max_words} needs {options.max_words + 1} tokens with the end, but this "
+            f"model writes at most {decoder.max_tokens}; set max_words to at most {decoder.max_tokens - 1}"
         )
     if must_include and (options.method != "beam" or options.groups != 1):
         raise ConfigError(
-            f"must_include needs method='beam' with groups=1, got method={options.method!r} and "
-            f"groups={options.groups}"
+            f"must_include needs method='beam' with groups=1, got method={options.method!r} and groups={options.groups}"
         )
     given = {phrase.text for phrase in must_include}
     for text in options.must_include:
@@ -182,11 +177,7 @@ def _results(engine: Engine, *, pictures: int, options: SearchOptions) -> list[l
 def _require_endings(of_picture: Sequence[Sized], demands: Demands, options: SearchOptions) -> None:
     for picture, endings in enumerate(of_picture):
         if not endings:
-            wider = (
-                f"; raise beam_size={options.beam_size}"
-                if options.method == "beam"
-                else "; use method='beam'"
-            )
+            wider = f"; raise beam_size={options.beam_size}" if options.method == "beam" else "; use method='beam'"
             raise SearchError(
                 f"picture {picture} of the batch: every caption in the search ran out of words before it met "
                 f"{demands}{wider}, or drop or change one of them"

@@ -28,8 +28,7 @@ class Rows:
         picture_B: int64, which picture of the batch each line is.
         alive_BW: bool, whether a slot holds a hypothesis.
         sum_BW: sum of its log-probabilities under the model.
-        lane_BW: int64, the lane it belongs to (group of a diverse beam, sample); -1 before the first word:
-            all.
+        lane_BW: int64, the group of a diverse beam it belongs to; -1 before the first word: every group.
         token_N: int64, the last word, or the start token.
         progress: on the demands.
         words: number of words that every hypothesis has.
@@ -166,16 +165,14 @@ class Engine:
                 f"the model gave NaN or infinite scores for word {rows.words + 1} of picture {picture} of "
                 "the batch; its weights or the picture's features are damaged"
             )
-        self._go_on(
-            choice, counts, parent_BJ=parent_BJ, log_prob_BJ=log_prob_BJ, sum_BJ=sum_BJ, open_BJ=open_BJ
-        )
+        self._go_on(choice, counts, parent_BJ=parent_BJ, log_prob_BJ=log_prob_BJ, sum_BJ=sum_BJ, open_BJ=open_BJ)
 
     def _read(self) -> Tensor:
         logits_NV, attention_NP, self._state = self._decoder.step(self.rows.token_N, self._state)
         if logits_NV.shape[-1] != self._vocabulary.size:
             raise SearchError(
-                f"the vocabulary has {self._vocabulary.size} tokens but the model scores {logits_NV.shape[-1]}; use"
-                "  the tokenizer of this model"
+                f"the vocabulary has {self._vocabulary.size} tokens, the model scores {logits_NV.shape[-1]}; "
+                "use the tokenizer of this model"
             )
         self.trace.read(attention_NP, self._state.attention_heads_BLHP)
         # One NaN or +inf makes the log-softmax of its whole row NaN, so that looking at one column is enough.
@@ -220,18 +217,15 @@ class Engine:
         def pack(values_BJ: Tensor) -> Tensor:
             return values_BJ[line_B].gather(1, slot_BW)
 
-        alive_BW, parent_N, token_N = (
-            pack(open_BJ),
-            pack(parent_BJ).flatten(),
-            pack(choice.token_BJ).flatten(),
-        )
+        parent_N = pack(parent_BJ).flatten()
+        token_N = pack(choice.token_BJ).flatten()
         self.trace.write(parent_N, token_N, pack(log_prob_BJ).flatten())
         self._method.keep(line_B)
         rows = self.rows
         self.rows = Rows(
             picture_B=rows.picture_B[line_B],
-            alive_BW=alive_BW,
-            sum_BW=pack(sum_BJ).masked_fill(~alive_BW, -torch.inf),
+            alive_BW=pack(open_BJ),
+            sum_BW=pack(sum_BJ),
             lane_BW=pack(choice.lane_BJ),
             token_N=token_N,
             progress=self.constraints.advance(rows.progress, parent_N, token_N),

@@ -25,7 +25,7 @@ def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[
         The automaton and its table `completable`.
 
     Raises:
-        SearchError: when a phrase cannot be written, or naming a smallest set of demands that exclude each other.
+        SearchError: when a phrase cannot be written, or naming demands that exclude each other.
     """
     for name, phrases in (("must_include", demands.must_include), ("ban", demands.ban)):
         for phrase in phrases:
@@ -49,8 +49,8 @@ def _check_phrase(name: str, phrase: Phrase, vocabulary: SearchVocabulary) -> No
     for token in phrase.token_ids:
         if not 0 <= token < vocabulary.size:
             raise SearchError(
-                f"{name} {phrase.text!r}: token {token} lies outside the vocabulary of {vocabulary.size} tokens; use "
-                "the tokenizer of this model"
+                f"{name} {phrase.text!r}: token {token} lies outside the vocabulary of {vocabulary.size} "
+                "tokens; use the tokenizer of this model"
             )
 
 
@@ -74,7 +74,7 @@ def _explain(demands: Demands, vocabulary: SearchVocabulary) -> str:
 
 
 def _conflict(kept: Demands, suspects: list[Demands], vocabulary: SearchVocabulary) -> Demands:
-    """Return a smallest part of the suspects that cannot be met along with those kept (Junker 2004, QuickXplain)."""
+    """Return a smallest part of the suspects that excludes those kept (QuickXplain, Junker 2004)."""
     if not _feasible(kept, vocabulary):
         return Demands()
     if len(suspects) == 1:

@@ -13,7 +13,7 @@ _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 class SampleMethod:
-    """Draws `n_best` independent captions per picture; each sample is a lane. See `Method`.
+    """Draws `n_best` independent captions per picture; see `Method`.
 
     Words are drawn with the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest of
     log-probability plus Gumbel noise is a draw from the distribution, with no sum over the vocabulary to lose
@@ -32,33 +32,26 @@ class SampleMethod:
     def choose(self, log_probs_NV: Tensor, rows: Rows) -> Choice:
         """Draw one token for each open sample; see `Method.choose`."""
         lines, width = rows.alive_BW.shape
-        first = rows.words == 0
-        samples = self._options.n_best
-        slot_BJ = torch.arange(width, device=log_probs_NV.device).expand(lines, width)
-        if first:  # all samples start from the same row
-            slot_BJ = slot_BJ.expand(lines, samples)
-        lane_BJ = (
-            torch.arange(samples, device=slot_BJ.device).expand(lines, samples) if first else rows.lane_BW
-        )
-        log_probs_BJV = steer(log_probs_NV, self._options).view(lines, width, -1)
-        token_BJ = (log_probs_BJV + self._noise(log_probs_BJV, lane_BJ)).argmax(dim=2)
-        possible_BJ = (log_probs_NV.amax(dim=1) > -torch.inf).view(lines, width).expand_as(token_BJ)
+        # At first all samples go on from the same slot, later each from its own.
+        draws = self._options.n_best if rows.words == 0 else width
+        slot_BJ = torch.arange(width, device=log_probs_NV.device).expand(lines, draws)
+        steered_BJV = steer(log_probs_NV, self._options).view(lines, width, -1).expand(lines, draws, -1)
+        token_BJ = (steered_BJV + self._noise(steered_BJV)).argmax(dim=2)
+        possible_BJ = steered_BJV.gather(2, token_BJ[:, :, None])[:, :, 0] > -torch.inf
         return Choice(
-            slot_BJ=slot_BJ, token_BJ=token_BJ, lane_BJ=lane_BJ, valid_BJ=possible_BJ & rows.alive_BW
+            slot_BJ=slot_BJ,
+            token_BJ=token_BJ,
+            lane_BJ=torch.zeros_like(slot_BJ),
+            valid_BJ=possible_BJ & rows.alive_BW,
         )
 
-    def _noise(self, like_BWV: Tensor, lane_BJ: Tensor) -> Tensor:
-        """Return Gumbel noise [B, J, V]."""
+    def _noise(self, like_BJV: Tensor) -> Tensor:
+        """Return Gumbel noise, [B, J, V], or [J, V] for all pictures alike."""
         if self._generator is None:
-            shape = (*lane_BJ.shape, like_BWV.shape[2])
-            return -torch.empty(shape, device=like_BWV.device).exponential_().log()
-        # Drawn on the CPU, so that one seed gives one caption on every device.
-        noise_LV = (
-            -torch.empty(self._options.n_best, like_BWV.shape[2])
-            .exponential_(generator=self._generator)
-            .log()
-        )
-        return noise_LV.to(like_BWV.device)[lane_BJ]
+            return _gumbel(torch.empty_like(like_BJV, memory_format=torch.contiguous_format))
+        # Drawn on the CPU, for the same numbers on every device, and for all samples, however many are open.
+        noise_LV = _gumbel(torch.empty(self._options.n_best, like_BJV.shape[2]), self._generator)
+        return noise_LV[: like_BJV.shape[1]].to(like_BJV.device)
 
     def settle(self, choice: Choice, *, ends_BJ: Tensor, sum_BJ: Tensor, words: int) -> Tensor:
         """Every sample goes on to its own end; see `Method.settle`."""
@@ -69,9 +62,14 @@ class SampleMethod:
         """Nothing is kept per picture; see `Method.keep`."""
 
 
+def _gumbel(empty: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill a tensor with standard Gumbel noise."""
+    # Noise must be finite: infinite noise on a forbidden word would be NaN.
+    return -empty.exponential_(generator=generator).clamp_(min=torch.finfo(empty.dtype).tiny).log()
+
+
 def steer(log_probs_NV: Tensor, options: SearchOptions) -> Tensor:
-    """Apply temperature, then top-k, then nucleus (Holtzman et al. 2020), each to what the one before has
-    left.
+    """Apply temperature, then top-k, then nucleus (Holtzman et al. 2020), each to what is left.
 
     Args:
         log_probs_NV: -inf where forbidden; need not be normalised.
@@ -91,11 +89,9 @@ def steer(log_probs_NV: Tensor, options: SearchOptions) -> Tensor:
     if options.top_p < 1.0:
         best_NV, token_NV = scaled_NV.sort(dim=1, descending=True, stable=True)
         probability_NV = best_NV.softmax(dim=1)
-        # A token stays when those before it have not reached top_p: the one that crosses it stays, and so
-        # does the first.
+        # A token stays while those before it fall short of top_p, and the first stays always.
         before_NV = probability_NV.cumsum(dim=1) - probability_NV
-        before_NV[:, 0] = 0.0
-        scaled_NV = scaled_NV.scatter(
-            1, token_NV, best_NV.masked_fill(before_NV >= options.top_p, -torch.inf)
-        )
+        beyond_NV = before_NV >= options.top_p
+        beyond_NV[:, 0] = False
+        scaled_NV = scaled_NV.scatter(1, token_NV, best_NV.masked_fill(beyond_NV, -torch.inf))
     return scaled_NV

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,31 +25,25 @@ def score_tokens(
         token_ids: the words, without start and end; at least one.
 
     Returns:
-        The hypothesis, with the end token after the last word; its end probability may be 0 in which case it is None.
+        The hypothesis, with the end token after the last word: None where its probability is 0.
 
     Raises:
         SearchError: for no words, more than the decoder can read, or a model that gives NaN.
     """
     if not 0 < len(token_ids) < decoder.max_tokens:
-        raise SearchError(
-            f"a sentence to score must have 1 to {decoder.max_tokens - 1} words, got {len(token_ids)}"
-        )
+        raise SearchError(f"a sentence to score must have 1 to {decoder.max_tokens - 1} words, got {len(token_ids)}")
     steps, attention, heads = [], [], []
     with torch.inference_mode():
         state = decoder.start(grid_1PC, max_tokens=len(token_ids) + 1)
         read = [vocabulary.start_id, *token_ids]
         for token, following in zip(read, [*token_ids, vocabulary.end_id], strict=True):
-            logits_1V, attention_1P, state = decoder.step(
-                torch.tensor([token], device=grid_1PC.device), state
-            )
+            logits_1V, attention_1P, state = decoder.step(torch.tensor([token], device=grid_1PC.device), state)
             steps.append(logits_1V[0].float().log_softmax(dim=-1)[following])
             attention.append(attention_1P[0])
             heads.append(state.attention_heads_BLHP[0])
         log_probabilities = torch.stack(steps).tolist()
-    if any(value != value for value in log_probabilities):
-        raise SearchError(
-            "the model gave NaN instead of probabilities: its weights are damaged or it overflowed"
-        )
+    if any(math.isnan(value) for value in log_probabilities):
+        raise SearchError("the model gave NaN instead of probabilities: its weights are damaged or it overflowed")
     end = log_probabilities.pop()
     return Hypothesis(
         token_ids=tuple(token_ids),

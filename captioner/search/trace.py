@@ -127,9 +127,7 @@ class Trace:
             log_probs = step.log_probability_BJ[line, column].tolist()
             for picture, row, natural, log_prob in zip(*(v.tolist() for v in values), log_probs, strict=True):
                 possible = log_prob > -torch.inf
-                found.append(
-                    Ending(picture, step.words, row, log_prob if possible else None, natural and possible)
-                )
+                found.append(Ending(picture, step.words, row, log_prob if possible else None, natural and possible))
         return found
 
     def paths(self, endings: list[Ending]) -> list[Path]:

@@ -1,0 +1,47 @@
+"""Importing the library is light, and nothing happens at import."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = {
+    "gradio",
+    "lightning",
+    "ray",
+    "matplotlib",
+    "transformers",
+    "torchvision",
+    "huggingface_hub",
+    "typer",
+}
+
+
+def modules_after(code):
+    """The names of the top-level modules that a fresh process has loaded after some code."""
+    program = f"{code}\nimport json, sys\nprint(json.dumps([name.split('.')[0] for name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_captioner_loads_nothing_heavy():
+    loaded = modules_after("import captioner")
+    assert "torch" in loaded  # the question was understood
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_captioning_loads_no_page_no_training_and_no_drawing():
+    picture = "captioner.Captioner.load(device='cpu').caption(__import__('numpy').zeros((9, 9, 3), 'uint8'))"
+    loaded = modules_after(f"import captioner\n{picture}")
+    assert "torchvision" in loaded
+    assert loaded.isdisjoint(HEAVY - {"torchvision"})
+
+
+def test_importing_the_command_line_runs_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", "import captioner.__main__, captioner.cli, captioner.overlay"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
