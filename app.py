@@ -20,7 +20,7 @@ from PIL import Image
 
 from captioner import Caption, Captioner, CaptionerError
 from captioner.images import open_picture
-from captioner.overlay import COLOUR_MAP
+from captioner.overlay import COLOUR_MAP, OPACITY
 
 # Gradio reads it when it is imported: it reports nothing about this page to anyone.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -31,8 +31,6 @@ DISPLAY_SIDE_PX = 1024
 THUMBNAIL_SIDE_PX = 192
 MAX_UPLOAD = "20mb"
 MAX_BEAM_SIZE = 10
-# Of the colour at a map's peak; what `captioner.overlay.tint` does unless it is told otherwise.
-OPACITY = 0.65
 
 TITLE = "Captioner"
 INTRODUCTION = f"""# {TITLE}
@@ -44,9 +42,7 @@ PRIVACY = "Your photo goes to the computer that runs this page, and nowhere else
 
 # --- What the browser draws. `gr.HTML` reads {{...}} and ${...} as templates; neither may occur here. ---
 
-STRIP_HTML = (
-    '<h2 id="examples">Or one of these</h2><div class="strip" role="group" aria-labelledby="examples"></div>'
-)
+STRIP_HTML = '<h2 id="examples">Or one of these</h2><div class="strip" role="group" aria-labelledby="examples"></div>'
 
 STRIP_CSS = """
 h2 { margin: 0 0 .5rem; font-size: .9rem; font-weight: 400; color: var(--body-text-color-subdued); }
@@ -260,9 +256,7 @@ def describe(captioner: Captioner, path: str, name: str, *, beam_size: int, n_be
         "width": width_px,
         "height": height_px,
         "words": _words(caption),
-        "captions": [
-            {"text": found.text, "score": found.score} for found in (caption, *caption.alternatives)
-        ],
+        "captions": [{"text": found.text, "score": found.score} for found in (caption, *caption.alternatives)],
     }
 
 

@@ -94,9 +94,7 @@ class _Settings:
         Raises:
             ConfigError: for an unknown key, a missing one, or a value out of its range.
         """
-        _require(
-            isinstance(values, Mapping), f"{cls.title} must be a mapping of names to values, got {values!r}"
-        )
+        _require(isinstance(values, Mapping), f"{cls.title} must be a mapping of names to values, got {values!r}")
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key in values:
             if key not in fields:
@@ -109,9 +107,7 @@ class _Settings:
             missing = [
                 n
                 for n, f in fields.items()
-                if n not in values
-                and f.default is dataclasses.MISSING
-                and f.default_factory is dataclasses.MISSING
+                if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             ]
             raise ConfigError(f"{cls.title} needs {', '.join(missing) or 'other values'}: {err}") from err
 
@@ -218,9 +214,7 @@ class MultiheadConfig(_Settings):
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "feedforward_dim"):
             _require_int(name, getattr(self, name), at_least=1)
-        _require(
-            self.dim % self.heads == 0, f"heads must divide dim, got dim={self.dim} and heads={self.heads}"
-        )
+        _require(self.dim % self.heads == 0, f"heads must divide dim, got dim={self.dim} and heads={self.heads}")
         _require_number("dropout", self.dropout, at_least=0.0, at_most=0.95)
         _require(
             isinstance(self.map_layers, list | tuple),
@@ -277,8 +271,7 @@ class ModelConfig(_Settings):
             else:
                 _require(
                     isinstance(value, kind),
-                    f"{name} of a {self.decoder!r} model must be a {kind.__name__}, "
-                    f"got {type(value).__name__}",
+                    f"{name} of a {self.decoder!r} model must be a {kind.__name__}, got {type(value).__name__}",
                 )
 
 
@@ -358,8 +351,7 @@ class SearchOptions(_Settings):
     def _check_pairs(self) -> None:
         _require(
             self.min_words <= self.max_words,
-            f"min_words must not exceed max_words, got min_words={self.min_words} and "
-            f"max_words={self.max_words}",
+            f"min_words must not exceed max_words, got min_words={self.min_words} and max_words={self.max_words}",
         )
         if self.method == "beam":
             _require(
@@ -378,6 +370,5 @@ class SearchOptions(_Settings):
             )
         _require(
             not self.must_include or (self.method == "beam" and self.groups == 1),
-            "must_include needs method='beam' with groups=1, "
-            f"got method={self.method!r} and groups={self.groups}",
+            f"must_include needs method='beam' with groups=1, got method={self.method!r} and groups={self.groups}",
         )

@@ -20,9 +20,7 @@ Map = npt.NDArray[np.float32]
 def exact_div(dividend: int, divisor: int) -> int:
     """Return dividend / divisor; `ConfigError` when a remainder would be lost."""
     if divisor < 1 or dividend % divisor:
-        raise ConfigError(
-            f"{dividend} cannot be divided into parts of {divisor}; choose a multiple of {divisor}"
-        )
+        raise ConfigError(f"{dividend} cannot be divided into parts of {divisor}; choose a multiple of {divisor}")
     return dividend // divisor
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Perceptually even, and read the same way by people who are colour-blind (Nuñez et al. 2018).
 COLOUR_MAP = "viridis"
+OPACITY = 0.65
 COLUMNS = 5
 PANEL_SIDE_PX = 512
 
@@ -37,7 +38,7 @@ class DrawnWord(Protocol):
         """float32 [rows, columns], non-negative."""
 
 
-def tint(image: Image.Image, weights_hw: Map, *, opacity: float = 0.65, colour_map: str = COLOUR_MAP) -> Image.Image:
+def tint(image: Image.Image, weights_hw: Map, *, opacity: float = OPACITY, colour_map: str = COLOUR_MAP) -> Image.Image:
     """Lay a map over a picture: the more a place was looked at, the stronger the colour; the rest grows darker.
 
     The map is scaled to its own peak, so that it shows where, not how sharply.

@@ -98,9 +98,7 @@ class Tokenizer:
         splitter = cls(_pipeline({token: index for index, token in enumerate(SPECIAL_TOKENS)}))
         for caption in captions:
             counts.update(splitter.split(caption))
-        words = sorted(
-            (word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w)
-        )
+        words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
         if max_size is not None:
             words = words[: max_size - len(SPECIAL_TOKENS)]
         if not words:

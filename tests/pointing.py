@@ -19,8 +19,10 @@ CELLS = {
 
 
 def pointing_word(text, cell):
-    attention = np.full(GRID_HW, 0.004, dtype=np.float32)
-    attention[cell] = 1 - 0.004 * (attention.size - 1)
+    # Uneven everywhere, so that a map which is turned or shifted is another map; the peak stands out all the same.
+    attention = 0.5 * np.random.default_rng(len(text)).random(GRID_HW, dtype=np.float32)
+    attention[cell] = 1
+    attention /= attention.sum()
     return Word(text=text, probability=0.42, attention=attention, attention_heads=attention[None, None])
 
 
@@ -29,9 +31,7 @@ class PointingCaptioner:
 
     def caption(self, picture, **options):
         chosen = SearchOptions.from_dict(options)
-        geometry = Geometry(
-            picture_hw_px=open_picture(picture).full_hw_px, input_hw_px=(224, 224), grid_hw=GRID_HW
-        )
+        geometry = Geometry(picture_hw_px=open_picture(picture).full_hw_px, input_hw_px=(224, 224), grid_hw=GRID_HW)
         words = tuple(pointing_word(text, cell) for text, cell in CELLS.items())
 
         def caption(number, alternatives=()):

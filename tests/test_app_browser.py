@@ -196,7 +196,9 @@ def test_the_page_draws_what_the_library_draws(url, visit, tmp_path, shape):
         wanted = np.asarray(tint(picture, pointing_word(text, CELLS[text]).attention)).astype(int)
         seen = pixels(page, READ_BLEND)[..., :3].astype(int)
         assert seen.shape == wanted.shape
-        assert np.abs(seen - wanted).mean() < 2
+        # The browser scales and blends in 8 bits.
+        assert np.abs(seen - wanted).mean() < 1
+        assert np.abs(seen - wanted).max() < 16
         assert np.abs(seen - np.asarray(picture).astype(int)).mean() > 10
 
 

@@ -138,7 +138,7 @@ def test_returned_weights_are_those_before_dropout():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ConfigError, match="16 .* parts of 3"):
+    with pytest.raises(ConfigError, match="16 cannot be divided into parts of 3"):
         MultiHeadAttention(dim=16, heads=3)
 
 

@@ -253,7 +253,7 @@ def test_settings_of_another_shape_are_refused_naming_a_weight(folder):
     description = json.loads((folder / CONFIG).read_text())
     description["model"]["decoder_settings"]["state_dim"] = 99
     (folder / CONFIG).write_text(json.dumps(description))
-    refused(folder, folder / WEIGHTS, "not of this model: decoder.lstm.bias_hh is [48], expected [396]")
+    refused(folder, folder / WEIGHTS, "decoder.attention.query.weight is [10, 12], expected [10, 99]")
 
 
 def test_a_tokenizer_of_another_size_is_refused(folder):

@@ -126,7 +126,7 @@ class _Weights:
 
 def _show_attend_and_tell(w, grid_PC, tokens_T):
     """Xu et al. 2015, section 3.1 and 4.2, one picture."""
-    mean = np.mean([cell for cell in grid_PC], axis=0)
+    mean = sum(grid_PC) / len(grid_PC)
     h, c = np.tanh(w.affine("initial_hidden", mean)), np.tanh(w.affine("initial_cell", mean))
     logits, maps = [], []
     for token in tokens_T:

@@ -323,12 +323,13 @@ def test_a_ban_of_what_is_never_written_changes_nothing():
     assert plain.token_ids == banned.token_ids
 
 
-def test_a_search_that_runs_into_a_dead_end_says_so():
-    """Greedy search on two words: after "a a b a" every bigram that could follow has been written."""
-    decoder = ToyDecoder(2)
-    options = SearchOptions(method="greedy", min_words=5, max_words=5, no_repeat_ngram=1)
-    with pytest.raises(SearchError, match=r"picture 0 .* no_repeat_ngram=1 and min_words=5 and max_words=5; use m"):
-        run(decoder, grids(1), options)
+def test_a_narrow_search_in_a_dead_end_says_so_and_a_wider_one_finds_the_way():
+    """Of two words, few sentences of five have no bigram twice; greedy search walks into "a b a a"-like ends."""
+    decoder, demands = ToyDecoder(2, seed=2), {"min_words": 5, "max_words": 5, "no_repeat_ngram": 2}
+    with pytest.raises(SearchError, match=r"picture 0 .* no_repeat_ngram=2 and min_words=5 and max_words=5; use m"):
+        run(decoder, grids(1), SearchOptions(method="greedy", **demands))
+    ((found,),) = run(decoder, grids(1), SearchOptions(beam_size=20, **demands))
+    assert obeys(found.token_ids, SearchOptions(**demands))
 
 
 def test_words_that_the_model_rules_out_are_not_forced_on_it():

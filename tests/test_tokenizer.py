@@ -172,7 +172,7 @@ def test_the_vocabulary_holds_the_frequent_words_most_frequent_first(captions, m
 
 
 @settings(deadline=None, max_examples=30)
-@given(captions=corpora.filter(lambda captions: any(captions)), seed=st.randoms(use_true_random=False))
+@given(captions=corpora.filter(any), seed=st.randoms(use_true_random=False))
 def test_the_order_of_the_captions_does_not_matter(captions, seed):
     shuffled = list(captions)
     seed.shuffle(shuffled)
@@ -221,8 +221,7 @@ def test_a_damaged_file_is_refused_or_read_as_a_tokenizer_of_ours(tokenizer, dat
     damaged = text[:place] + data.draw(st.text(max_size=3)) + text[end:]
     try:
         read = Tokenizer.from_json(damaged)
-    except CheckpointError as err:
-        assert str(err).startswith("tokenizer.json: ")
+    except CheckpointError:
         return
     assert len(read.encode("a man's dog")) == len(read.split("a man's dog"))
     assert len(read.words(range(read.vocabulary_size))) == read.vocabulary_size

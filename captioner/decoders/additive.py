@@ -49,9 +49,7 @@ class AdditiveDecoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         self.initial_hidden = nn.Linear(feature_dim, state_dim)
         self.initial_cell = nn.Linear(feature_dim, state_dim)
-        self.attention = AdditiveAttention(
-            feature_dim=feature_dim, state_dim=state_dim, hidden_dim=attention_dim
-        )
+        self.attention = AdditiveAttention(feature_dim=feature_dim, state_dim=state_dim, hidden_dim=attention_dim)
         self.gate = nn.Linear(state_dim, 1)
         self.lstm = nn.LSTMCell(embedding_dim + feature_dim, state_dim)
         self.hidden_output = nn.Linear(state_dim, embedding_dim)
@@ -81,9 +79,7 @@ class AdditiveDecoder(nn.Module):
     def _read(self, embedded_BE: Tensor, state: RecurrentState) -> tuple[Tensor, Tensor, RecurrentState]:
         context_BC, attention_BP = self.attention(state.hidden_BS, state.memory)
         context_BC = torch.sigmoid(self.gate(state.hidden_BS)) * context_BC
-        hidden_BS, cell_BS = self.lstm(
-            torch.cat([embedded_BE, context_BC], dim=-1), (state.hidden_BS, state.cell_BS)
-        )
+        hidden_BS, cell_BS = self.lstm(torch.cat([embedded_BE, context_BC], dim=-1), (state.hidden_BS, state.cell_BS))
         deep_BE = embedded_BE + self.hidden_output(self.dropout(hidden_BS)) + self.context_output(context_BC)
         return deep_BE, attention_BP, state.stepped(hidden_BS, cell_BS, attention_BP)
 

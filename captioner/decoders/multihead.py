@@ -53,9 +53,7 @@ class MultiheadState:
             position=self.position,
             steps_left=self.steps_left,
             attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
-            memories=self.memories
-            if pictures is None
-            else tuple(memory.select(pictures) for memory in self.memories),
+            memories=self.memories if pictures is None else tuple(memory.select(pictures) for memory in self.memories),
             rows=rows,
         )
 
@@ -210,8 +208,7 @@ class MultiheadDecoder(nn.Module):
         self.grid_column = nn.Parameter(torch.empty(1, grid_hw[1], dim))
         self.grid = nn.Sequential(nn.Linear(feature_dim, dim), nn.LayerNorm(dim))
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
-            for _ in range(layers)
+            Block(dim=dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)

@@ -60,7 +60,7 @@ class DecoderState(Protocol):
     Attributes:
         attention_heads_BLHP: attention over the grid of the last step, every layer and head; each row of P
             cells is non-negative and sums to 1. Empty along B before the first step. Decoders with one read
-            of the grid have L = H = 1.
+            of the grid have L = H = 1. A later step must not write into this tensor: a search keeps it.
     """
 
     @property
