@@ -276,9 +276,7 @@ def test_one_example_is_stored_turned():
     assert any(orientation != 1 for orientation in orientations)
 
 
-@pytest.mark.parametrize(
-    "block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*", b"junk" * 9]
-)
+@pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*", b"junk" * 9])
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
 def test_broken_exif_costs_only_the_orientation(block, format_name):
     with warnings.catch_warnings():
@@ -300,9 +298,7 @@ def test_every_format_shows_the_picture(name):
     picture = open_picture(FILES[name])
     expected = np.asarray(pictures.gradient()).astype(int)
     if name in ("jpeg-grey", "png-16", "tiff-float", "tiff-int"):
-        expected = np.repeat(np.asarray(pictures.gradient().getchannel("R"))[..., None], 3, axis=2).astype(
-            int
-        )
+        expected = np.repeat(np.asarray(pictures.gradient().getchannel("R"))[..., None], 3, axis=2).astype(int)
     if name == "png-palette":
         reference = Image.open(io.BytesIO(FILES[name])).convert("RGBA")
         white = Image.new("RGBA", reference.size, "white")
@@ -363,8 +359,7 @@ def test_grey_profile_is_applied():
 
 def test_srgb_profile_changes_nothing():
     plain, tagged = (
-        pictures.encode(pictures.gradient(), "PNG", icc_profile=profile)
-        for profile in (None, pictures.srgb_profile())
+        pictures.encode(pictures.gradient(), "PNG", icc_profile=profile) for profile in (None, pictures.srgb_profile())
     )
     assert abs(pixels(open_picture(plain)) - pixels(open_picture(tagged))).max() <= 1
 
@@ -473,9 +468,7 @@ def test_large_jpeg_is_decoded_at_reduced_scale_and_looks_the_same():
     assert full.image.size == (2400, 1800)
     assert reduced.full_hw_px == full.full_hw_px == (1800, 2400)
     assert reduced.image.size == (600, 450)
-    small = [
-        np.asarray(p.image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int) for p in (full, reduced)
-    ]
+    small = [np.asarray(p.image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int) for p in (full, reduced)]
     assert abs(small[0] - small[1]).mean() < 1.5
 
 
@@ -717,9 +710,7 @@ def test_no_memory_is_an_image_error(monkeypatch):
 
 
 def test_threads_open_pictures_without_a_warning_or_a_trace_of_one():
-    bad_exif = pictures.encode(
-        pictures.gradient(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0" + b"\xff" * 40
-    )
+    bad_exif = pictures.encode(pictures.gradient(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0" + b"\xff" * 40)
     failures = []
 
     def work():

@@ -15,9 +15,7 @@ FILES = pictures.files()
 LIMITS = ImageLimits(max_pixels=2_000_000, max_bytes=2**20)
 quick = settings(max_examples=300, deadline=None, derandomize=True)
 names = st.sampled_from(sorted(FILES))
-bytes_at = st.tuples(
-    st.floats(0, 1, exclude_max=True), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255)
-)
+bytes_at = st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,9 +104,7 @@ def test_cut_files_are_refused_or_whole(name, end):
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.binary(max_size=120), st.booleans())
 @example("JPEG", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0", True)
 def test_any_exif_block_leaves_a_picture(format_name, block, with_header):
-    data = pictures.encode(
-        pictures.gradient(8, 4), format_name, exif=b"Exif\0\0" * with_header + block or b"\0"
-    )
+    data = pictures.encode(pictures.gradient(8, 4), format_name, exif=b"Exif\0\0" * with_header + block or b"\0")
     assert sorted(check(data).size) == [4, 8]
 
 

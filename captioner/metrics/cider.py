@@ -64,9 +64,7 @@ class CiderD:
             which = f"picture {bare[0]} has no references" if bare else "no pictures"
             raise MetricError(f"CIDEr-D: {which}; give at least one reference per picture")
         own = list(chain.from_iterable(references))
-        corpus = (
-            [] if frequencies is None else [gram for gram in frequencies.counts if len(gram) <= MAX_ORDER]
-        )
+        corpus = [] if frequencies is None else [gram for gram in frequencies.counts if len(gram) <= MAX_ORDER]
         self._vocabulary = _name_words(chain.from_iterable([*own, *corpus]), first=0)
         self._references_P = np.array([len(sentences) for sentences in references], dtype=np.int64)
         self._first_reference_P = np.cumsum(self._references_P) - self._references_P
@@ -97,9 +95,7 @@ class CiderD:
         self._number_bits = np.int64(len(self._idf_GE).bit_length())
         self._lay_out(slot_X, picture_S[slot_X >> _ORDER_BITS], entry_X, idf_G[gram_X])
 
-    def score(
-        self, hypotheses: Sequence[Sequence[Hashable]], pictures: Sequence[int] | Ints | None = None
-    ) -> Floats:
+    def score(self, hypotheses: Sequence[Sequence[Hashable]], pictures: Sequence[int] | Ints | None = None) -> Floats:
         """Score every hypothesis.
 
         Args:
@@ -178,9 +174,7 @@ class CiderD:
         known = len(self._references_P)
         picture_H = np.arange(known) if pictures is None else np.asarray(pictures, dtype=np.int64)
         if picture_H.shape != (hypotheses,):
-            raise MetricError(
-                f"CIDEr-D: {hypotheses} hypotheses for {picture_H.size} pictures; give one each"
-            )
+            raise MetricError(f"CIDEr-D: {hypotheses} hypotheses for {picture_H.size} pictures; give one each")
         if hypotheses and (picture_H.min() < 0 or picture_H.max() >= known):
             raise MetricError(f"CIDEr-D: picture index out of 0..{known - 1}; number them as given")
         return picture_H
@@ -291,6 +285,4 @@ def _squared_counts(print_X: Prints, slot_X: Ints, slots: int) -> Floats:
     if not (in_order[1:] == in_order[:-1]).any():
         return np.bincount(slot_X, minlength=slots).astype(np.float64)
     _, first, count = np.unique(key_X, return_index=True, return_counts=True)
-    return np.asarray(
-        np.bincount(slot_X[first], count.astype(np.float64) ** 2, minlength=slots), dtype=np.float64
-    )
+    return np.asarray(np.bincount(slot_X[first], count.astype(np.float64) ** 2, minlength=slots), dtype=np.float64)

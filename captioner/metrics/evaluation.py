@@ -130,9 +130,7 @@ class Comparison:
             row = f"{name:<8} {value:6.1f} {self.second.scores[name]:6.1f}"
             if name in self.differences:
                 d = self.differences[name]
-                row += (
-                    f"  {d.value:+.1f} [{d.interval.low:+.1f}, {d.interval.high:+.1f}], p = {d.p_value:.3g}"
-                )
+                row += f"  {d.value:+.1f} [{d.interval.low:+.1f}, {d.interval.high:+.1f}], p = {d.p_value:.3g}"
             lines.append(row)
         return "\n".join([*lines, "", *_card_lines(self.first.card)])
 
@@ -261,18 +259,14 @@ class _Truth:
                 raise MetricError(f"{metric} cannot run: {lack}")
         bare = [name for name in references if not references[name]]
         if bare:
-            raise MetricError(
-                f"{len(bare)} pictures have an empty list of references ({listed(bare)}); leave them out"
-            )
+            raise MetricError(f"{len(bare)} pictures have an empty list of references ({listed(bare)}); leave them out")
         if not references:
             raise MetricError("no pictures to evaluate; give at least one prediction with its references")
         names = sorted(references)
         tokens = [[ptb.tokenize(caption) for caption in references[name]] for name in names]
         card = ProtocolCard(
             tokenizer=ptb.NAME,
-            document_frequencies=settings.frequencies.name
-            if settings.frequencies
-            else "evaluated references",
+            document_frequencies=settings.frequencies.name if settings.frequencies else "evaluated references",
             pictures=len(names),
             references=sum(map(len, tokens)),
             references_sha256=hash_references(references),
@@ -312,9 +306,7 @@ def _tokenise(predictions: Mapping[str, str], truth: _Truth) -> list[list[str]]:
 
 def _evaluate(tokens: list[list[str]], truth: _Truth, settings: _Settings) -> Evaluation:
     statistics_PK = truth.statistics(tokens)
-    scores = dict(
-        zip(METRICS, _score_sums(statistics_PK.sum(axis=0, keepdims=True))[0].tolist(), strict=True)
-    )
+    scores = dict(zip(METRICS, _score_sums(statistics_PK.sum(axis=0, keepdims=True))[0].tolist(), strict=True))
     if settings.meteor:
         scores["METEOR"] = PERCENT * java.meteor(tokens, truth.tokens)
     if settings.spice:
@@ -326,9 +318,7 @@ def _evaluate(tokens: list[list[str]], truth: _Truth, settings: _Settings) -> Ev
         confidence=settings.confidence,
         seed=settings.seed,
     )
-    return Evaluation(
-        scores, dict(zip(METRICS, intervals, strict=True)), describe(_words(tokens)), truth.card
-    )
+    return Evaluation(scores, dict(zip(METRICS, intervals, strict=True)), describe(_words(tokens)), truth.card)
 
 
 def _score_sums(sums_RK: Floats) -> Floats:

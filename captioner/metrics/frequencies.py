@@ -32,9 +32,7 @@ class DocumentFrequencies:
 
     def __post_init__(self) -> None:
         if self.documents < 1:
-            raise MetricError(
-                f"document frequencies {self.name!r}: documents must be at least 1, got {self.documents}"
-            )
+            raise MetricError(f"document frequencies {self.name!r}: documents must be at least 1, got {self.documents}")
 
     @classmethod
     def of(cls, references: Iterable[Sequence[Sequence[Hashable]]], *, name: str) -> DocumentFrequencies:
@@ -67,9 +65,7 @@ class DocumentFrequencies:
         for gram in self.counts:
             for token in gram:
                 if not isinstance(token, str) or not token or token.split(" ") != [token]:
-                    raise MetricError(
-                        f"{path}: token {token!r} cannot be saved; expected text without blanks"
-                    )
+                    raise MetricError(f"{path}: token {token!r} cannot be saved; expected text without blanks")
         content = {
             "format": _FORMAT,
             "name": self.name,
@@ -97,13 +93,9 @@ class DocumentFrequencies:
         try:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as err:
-            raise MetricError(
-                f"{path}: cannot be read: {err.strerror}; give a document-frequency file"
-            ) from err
+            raise MetricError(f"{path}: cannot be read: {err.strerror}; give a document-frequency file") from err
         except ValueError as err:
-            raise MetricError(
-                f"{path}: not JSON: {err}; write it anew with DocumentFrequencies.save"
-            ) from err
+            raise MetricError(f"{path}: not JSON: {err}; write it anew with DocumentFrequencies.save") from err
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise MetricError(f'{path}: no document-frequency file; expected "format": "{_FORMAT}"')
         try:

@@ -41,11 +41,7 @@ def missing(metric: str) -> str | None:
     folder = Path(spec.submodule_search_locations[0])
     for name in _NEEDED[metric]:
         if not (folder / name).is_file():
-            remedy = (
-                "fetch Stanford CoreNLP 3.6.0 with its models"
-                if metric == "SPICE"
-                else f"reinstall {_PACKAGE}"
-            )
+            remedy = "fetch Stanford CoreNLP 3.6.0 with its models" if metric == "SPICE" else f"reinstall {_PACKAGE}"
             return f"{folder / name} is missing; {remedy} (nothing is downloaded on its own)"
     return None
 
@@ -94,9 +90,7 @@ def _require(metric: str) -> None:
         raise MetricError(f"{metric} cannot run: {lack}")
 
 
-def _run(
-    metric: str, scorer: Any, predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> float:
+def _run(metric: str, scorer: Any, predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
     result: Mapping[int, list[str]] = {i: [" ".join(p)] for i, p in enumerate(predictions)}
     truth: Mapping[int, list[str]] = {i: [" ".join(r) for r in many] for i, many in enumerate(references)}
     # Java takes the locale's encoding for its pipes: words beyond ASCII would be lost under the C locale.

@@ -100,15 +100,11 @@ def read_predictions(path: Path | str, references: References) -> dict[str, str]
             "caption these pictures, or leave them out of predictions and references"
         )
     if twice:
-        raise MetricError(
-            f"{path}: {len(twice)} pictures are predicted twice ({listed(twice)}); keep one caption each"
-        )
+        raise MetricError(f"{path}: {len(twice)} pictures are predicted twice ({listed(twice)}); keep one caption each")
     return captions
 
 
-def read_references(
-    path: Path | str, *, split: str | None = None, only: Path | str | None = None
-) -> References:
+def read_references(path: Path | str, *, split: str | None = None, only: Path | str | None = None) -> References:
     """Read the reference captions of each picture.
 
     Args:
@@ -134,9 +130,7 @@ def read_references(
         split = "test" if split is None else split
         found, kind = _karpathy(path, whole, split), f"Karpathy JSON, split {split}"
     if split is not None and not kind.startswith("Karpathy"):
-        raise MetricError(
-            f"{path}: split {split!r} was asked for, but a {kind} has no splits; leave the split out"
-        )
+        raise MetricError(f"{path}: split {split!r} was asked for, but a {kind} has no splits; leave the split out")
     source = f"{Path(path).name} ({kind})"
     captions = dict(found.captions)
     if only is not None:
@@ -178,9 +172,7 @@ def _jsonl(path: Path | str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except ValueError as err:
-            raise MetricError(
-                f"{path}:{number}: not JSON: {getattr(err, 'msg', err)}; correct this line"
-            ) from err
+            raise MetricError(f"{path}:{number}: not JSON: {getattr(err, 'msg', err)}; correct this line") from err
         if not isinstance(record, dict):
             raise MetricError(f"{path}:{number}: expected an object with an image, got {line.strip()[:40]}")
         yield number, record
