@@ -1,5 +1,12 @@
 """What the tests share: the bundled model, loaded once, the example photos, and tiny models of every kind."""
 
+import os
+
+# Before torch is imported, here and in the processes that tests start: several workers with as many threads each as
+# there are cores wait for one another more than they compute.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 from pictures import EXAMPLES

@@ -35,7 +35,11 @@ def run(*arguments):
 def process(*arguments, **settings):
     """Start the command line in a process of its own."""
     command = [sys.executable, "-m", "captioner", *map(os.fspath, arguments)]
-    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
+    if os.name != "nt":
+        # A shell's background job ignores the interrupt, and so would everything that it starts.
+        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, **settings)
 
 
 @pytest.fixture

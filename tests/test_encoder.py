@@ -301,11 +301,11 @@ def _norms(encoder):
 @pytest.mark.parametrize("last_stages", [0, 1, 3, None])
 @pytest.mark.parametrize("train_first", [False, True])
 def test_a_frozen_stage_keeps_its_weights_and_statistics(last_stages, train_first):
-    encoder = _encoder(TINY).train()
-    if not train_first:
-        encoder.eval()
+    encoder = _encoder(TINY).train(train_first)
     encoder.set_trainable(last_stages)
-    encoder.train()
+    assert encoder.training is train_first
+    if not train_first:
+        encoder.train()
     count = len(encoder.stages)
     first = 0 if last_stages is None else count - last_stages
     for index, stage in enumerate(encoder.stages):

@@ -75,6 +75,7 @@ def test_splitting_the_sentence_of_a_text_changes_nothing(text):
         ("a T-shirt - red", ["a", "t-shirt", "red"]),
         ("Dogs , cats ; and (birds) .", ["dogs", "cats", "and", "birds"]),
         ("one-year-old's toy", ["one-year-old", "'s", "toy"]),
+        ("an x-s's x-sa", ["an", "x-s", "'s", "x-sa"]),
         ("a--b 'quoted' -c- d'", ["a", "b", "quoted", "c", "d"]),
         ("2nd 50% $20 #1", ["2nd", "50", "20", "1"]),
         ("ＦＵＬＬ ﬁne café", ["full", "fine", "café"]),
@@ -88,6 +89,15 @@ def test_splitting_the_sentence_of_a_text_changes_nothing(text):
 )
 def test_a_text_is_split_into_words(tokenizer, text, words):
     assert tokenizer.split(text) == words
+
+
+# Each is spelt otherwise after normalisation: a quote, a letter of two parts, a mark that joins after lower-casing.
+@pytest.mark.parametrize("letter", ["ŉ", "Ĳ\u030c", "İ", "Ǆ", "ẞ", "ﬀ", "ǰ", "Σ", "Ⅷ"])
+def test_a_letter_of_several_spellings_is_read_back(letter):
+    tokenizer = Tokenizer.train([letter], min_count=1)
+    ids = tokenizer.encode(letter)
+    assert Tokenizer.unknown_id not in ids
+    assert tokenizer.encode(tokenizer.sentence(ids)) == ids
 
 
 def test_unknown_words_are_named_once_and_get_the_unknown_id(tokenizer):

@@ -62,7 +62,7 @@ class PrintSet:
         ordered = np.unique(prints)
         highest = int(ordered[-1]) + 1 if len(ordered) else 1
         # Two to four places for each, where there are any.
-        bits = (len(ordered) * 2**64 // highest).bit_length() + 1
+        bits = (len(ordered) * 2**64 // highest).bit_length() + 2
         self._shift = np.uint64(64 - bits)
         rank = np.arange(len(ordered))
         place = np.maximum.accumulate((ordered >> self._shift).view(np.int64) - rank) + rank
