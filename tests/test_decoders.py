@@ -335,6 +335,14 @@ def test_dropout_is_of_training_alone(decoder):
     assert not torch.allclose(decoder(grid, tokens)[0], decoder(grid, tokens)[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["mean", "additive"])
+def test_the_output_layer_is_dropped_in_a_training_step_too(kind):
+    decoder, tokens = make_decoder(kind).train(), random_tokens(2, 1)[:, 0]
+    decoder.embedding.weight.zero_()  # so that it is not the dropout of the words that is seen
+    state = decoder.start(random_grid(2))
+    assert not torch.allclose(decoder.step(tokens, state)[0], decoder.step(tokens, state)[0], atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_training_without_dropout_equals_evaluation(kind):
     decoder = make_decoder(kind, dropout=0.0)
