@@ -26,7 +26,7 @@ def test_code_passes(check):
         pytest.skip(f"{name} is not installed; it comes with pip install -e '.[dev]'")
     if check == "pydoclint" and not hasattr(docstring_parser.common, "DocstringYields"):
         pytest.skip(
-            "docstring-parser lies over its fork; pip install --force-reinstall --no-deps docstring-parser-fork"
+            "docstring-parser lies over its fork: pip install --force-reinstall --no-deps docstring-parser-fork"
         )
     done = subprocess.run([tool, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
