@@ -11,9 +11,9 @@ one per sentence and order of n-grams (1..4).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import reduce
-from itertools import chain, repeat
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,8 @@ SCALE = 10.0
 _AT_ONCE = 1024
 _ORDERS_N1 = np.arange(MAX_ORDER)[:, None]
 _ORDER_BITS = 2
-# The fingerprint of no word: `scramble` makes zero of the largest number only.
-_NO_WORD = bytes(8)
+# Python salts the hashes of text in every process; fingerprints are made of them.
+_SALTED = "captioner"
 _TRUE = np.ones(1, dtype=np.bool_)
 # The penalty by difference of lengths; beyond the last it is zero in double precision.
 _GAUSS = np.exp(-(np.arange(240) ** 2) / (2 * SIGMA**2))
@@ -65,7 +65,7 @@ class CiderD:
             raise MetricError(f"CIDEr-D: {which}; give at least one reference per picture")
         own = list(chain.from_iterable(references))
         corpus = [] if frequencies is None else [gram for gram in frequencies.counts if len(gram) <= MAX_ORDER]
-        self._vocabulary = _name_words(chain.from_iterable([*own, *corpus]), first=0)
+        self._salt = hash(_SALTED)
         self._references_P = np.array([len(sentences) for sentences in references], dtype=np.int64)
         self._first_reference_P = np.cumsum(self._references_P) - self._references_P
         # So many of the highest bits of an entry's fingerprint are its picture.
@@ -107,8 +107,11 @@ class CiderD:
             float64 [H], on coco-caption's scale (0..10).
 
         Raises:
-            MetricError: hypotheses and pictures do not match, or a picture is unknown.
+            MetricError: hypotheses and pictures do not match, a picture is unknown, or the scorer was pickled in
+                another process.
         """
+        if hash(_SALTED) != self._salt:
+            raise MetricError("CIDEr-D: this scorer comes from another process; make it anew in this one")
         picture_H = self._picture_indices(len(hypotheses), pictures)
         parts = [
             self._score(hypotheses[i : i + _AT_ONCE], picture_H[i : i + _AT_ONCE])
@@ -136,7 +139,7 @@ class CiderD:
         reference_HR = self._first_reference_P.take(picture_H)[:, None] + column_R
         delta_HR = length_H[:, None] - self._length_S.take(reference_HR, mode="clip")
         gauss_HR = _GAUSS.take(np.abs(delta_HR), mode="clip") * (column_R < references_H[:, None])
-        of_all_references = np.einsum("ur,ur->u", shared, gauss_HR[slot >> _ORDER_BITS])
+        of_all_references = np.einsum("ur,ur->u", shared, gauss_HR.take(slot >> _ORDER_BITS, axis=0))
         shared_Z = np.bincount(slot, of_all_references, minlength=slots)
         norm_Z = np.sqrt(square_Z)
         cosine_Z = np.divide(shared_Z, norm_Z, out=np.zeros(slots), where=norm_Z > 0)
@@ -179,19 +182,6 @@ class CiderD:
             raise MetricError(f"CIDEr-D: picture index out of 0..{known - 1}; number them as given")
         return picture_H
 
-    def _word_fingerprints(self, sentences: Sequence[Sequence[Hashable]]) -> Prints:
-        """Return the fingerprints of all words in a row, also of words that are in no reference."""
-        known = map(self._vocabulary.get, chain.from_iterable(sentences), repeat(_NO_WORD))
-        print_L = np.frombuffer(b"".join(known), dtype=np.uint64)
-        unknown = np.flatnonzero(print_L == 0)
-        if not len(unknown):
-            return print_L
-        words = list(chain.from_iterable(sentences))
-        new = _name_words((words[i] for i in unknown.tolist()), first=len(self._vocabulary))
-        print_L = print_L.copy()
-        print_L[unknown] = np.frombuffer(b"".join(new[words[i]] for i in unknown.tolist()), dtype=np.uint64)
-        return print_L
-
     def _occurrences(self, sentences: Sequence[Sequence[Hashable]]) -> tuple[Prints, Ints, Ints]:
         """Find the n-grams of sentences.
 
@@ -203,7 +193,8 @@ class CiderD:
             length that the penalty compares: like coco-caption, the number of pairs of words.
         """
         length = np.fromiter(map(len, sentences), np.int64, count=len(sentences))
-        print_L = self._word_fingerprints(sentences)
+        hashes = map(hash, chain.from_iterable(sentences))
+        print_L = scramble(np.fromiter(hashes, np.int64, count=int(length.sum())))
         print_NL = np.zeros((MAX_ORDER, len(print_L)), dtype=np.uint64)
         print_NL[0] = print_L
         for n in range(1, MAX_ORDER):
@@ -218,8 +209,8 @@ class CiderD:
         prints = np.zeros(len(grams), dtype=np.uint64)
         for order in range(1, MAX_ORDER + 1):
             rows = [i for i, gram in enumerate(grams) if len(gram) == order]
-            words = self._word_fingerprints([grams[i] for i in rows]).reshape(-1, order)
-            prints[rows] = reduce(extend, words.T)
+            hashes = [[hash(word) for word in grams[i]] for i in rows]
+            prints[rows] = reduce(extend, scramble(np.array(hashes, dtype=np.int64).reshape(-1, order)).T)
         return prints
 
     def _of_pictures(self, picture_K: Ints, sentence_X: Ints, print_X: Prints) -> Prints:
@@ -260,13 +251,6 @@ class CiderD:
         norm_X = np.sqrt(np.bincount(slot_X, product_X)[slot_X]) if len(slot_X) else product_X
         self._share_cells = np.zeros(cells)
         self._share_cells[cell_X] = np.divide(product_X, norm_X, out=np.zeros_like(norm_X), where=norm_X > 0)
-
-
-def _name_words(words: Iterable[Hashable], *, first: int) -> dict[Hashable, bytes]:
-    """Give every different word a fingerprint of eight bytes, none of them `_NO_WORD`."""
-    names = list(dict.fromkeys(words))
-    prints = scramble(np.arange(first, first + len(names))).tobytes()
-    return {name: prints[8 * i : 8 * i + 8] for i, name in enumerate(names)}
 
 
 def _runs(sorted_X: Ints) -> tuple[Ints, Ints]:

@@ -8,26 +8,28 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Prints = NDArray[np.uint64]
 
-# The constants of SplitMix64 (Steele, Lea & Flood 2014).
+# Odd constants with no pattern, those of SplitMix64 (Steele, Lea & Flood 2014).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 # That an n-gram has this one has a chance of 2**-64.
 _GAP = np.uint64(2**64 - 1)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def scramble(numbers: Ints) -> Prints:
-    """Turn small numbers into 64 bits that look random; different numbers stay different.
+def scramble(hashes: Ints) -> Prints:
+    """Turn hashes of words, or ids of tokens, into 64 bits that look random; different ones stay different.
 
     Args:
-        numbers: int64.
+        hashes: int64; used up.
 
     Returns:
         uint64, same shape.
     """
-    z = (numbers.view(np.uint64) + np.uint64(1)) * _STEP
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    z = hashes.view(np.uint64)
+    z += _STEP
+    z *= _MIX_1
+    z ^= z >> np.uint64(32)
+    z *= _MIX_2
+    return z
 
 
 def extend(prefix: Prints, last: Prints) -> Prints:
@@ -90,5 +92,5 @@ class PrintSet:
             place[low] += 1
             found[low] = self._table.take(place[low])
             low = low[found[low] < prints[low]]
-        place[found != prints] = -1
+        np.copyto(place, -1, where=found != prints)
         return place

@@ -33,6 +33,11 @@ class DocumentFrequencies:
     def __post_init__(self) -> None:
         if self.documents < 1:
             raise MetricError(f"document frequencies {self.name!r}: documents must be at least 1, got {self.documents}")
+        most = max(self.counts.values(), default=0)
+        if most > self.documents:
+            raise MetricError(
+                f"document frequencies {self.name!r}: an n-gram is in {most} of {self.documents} documents"
+            )
 
     @classmethod
     def of(cls, references: Iterable[Sequence[Sequence[Hashable]]], *, name: str) -> DocumentFrequencies:

@@ -159,7 +159,7 @@ def _read(path: Path | str) -> str:
 def _json(path: Path | str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         line = getattr(err, "lineno", 1)
         raise MetricError(f"{path}:{line}: not JSON: {getattr(err, 'msg', err)}; correct this line") from err
 
@@ -171,7 +171,7 @@ def _jsonl(path: Path | str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise MetricError(f"{path}:{number}: not JSON: {getattr(err, 'msg', err)}; correct this line") from err
         if not isinstance(record, dict):
             raise MetricError(f"{path}:{number}: expected an object with an image, got {line.strip()[:40]}")
@@ -183,7 +183,7 @@ def _whole_object(path: Path | str, text: str) -> dict[str, Any] | None:
     first, _, rest = text.strip().partition("\n")
     try:
         record = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         # The first line is no object of its own: an indented file, or a damaged one.
         content = _json(path, text)
         return content if isinstance(content, dict) else None
