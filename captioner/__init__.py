@@ -7,8 +7,8 @@ print(caption.text)
 caption.figure().savefig("figure.png")
 """
 
-from captioner.api import Captioner
-from captioner.caption import Caption, Word
+from typing import TYPE_CHECKING, Any
+
 from captioner.config import SearchOptions
 from captioner.errors import (
     CaptionerError,
@@ -21,6 +21,10 @@ from captioner.errors import (
     MetricError,
     SearchError,
 )
+
+if TYPE_CHECKING:
+    from captioner.api import Captioner
+    from captioner.caption import Caption, Word
 
 __version__ = "0.1.0"
 
@@ -40,3 +44,20 @@ __all__ = [
     "Word",
     "__version__",
 ]
+
+# What needs torch comes in when it is first asked for: torch takes seconds to import.
+_LATER = {"Captioner": "captioner.api", "Caption": "captioner.caption", "Word": "captioner.caption"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -126,6 +126,18 @@ def upload_photo(page, path):
     page.wait_for_selector(".words button")
 
 
+def set_number(page, label, number):
+    """Type a number into a slider's field. Gradio may still be filling in a field that has just been unfolded."""
+    field, slider = (page.get_by_label(f"{kind} for {label}") for kind in ("number input", "range slider"))
+    for _ in range(100):
+        field.fill(str(number))
+        field.press("Tab")
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+        if slider.input_value() == field.input_value() == str(number):
+            return
+    raise AssertionError(f"{label} does not take {number}; it shows {field.input_value()}")
+
+
 def pressed(page):
     return [word.get_attribute("aria-pressed") == "true" for word in page.locator(".words button").all()]
 
@@ -297,11 +309,9 @@ def test_search_options_are_used_and_impossible_ones_refused_in_the_librarys_wor
     upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
     assert page.locator(".captions li").count() == 3
     page.get_by_role("button", name="Search options").click()
-    captions = page.get_by_label("number input for Captions")
     answers = {2: ".captions li:nth-child(2):last-child", 9: ".stage [role=alert]:not([hidden])"}
     for number, selector in answers.items():
-        captions.fill(str(number))
-        captions.press("Tab")
+        set_number(page, "Captions", number)
         page.get_by_role("button", name="Caption again").click()
         page.wait_for_selector(selector)
     assert "n_best must not exceed beam_size" in page.text_content(".stage [role=alert]")

@@ -4,7 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import captioner
+
 HEAVY = {
+    "torch",
     "gradio",
     "lightning",
     "ray",
@@ -25,16 +30,29 @@ def modules_after(code):
 
 
 def test_import_captioner_loads_nothing_heavy():
-    loaded = modules_after("import captioner")
-    assert "torch" in loaded  # the question was understood
-    assert loaded.isdisjoint(HEAVY)
+    loaded = modules_after("import captioner, captioner.cli")
+    assert "captioner" in loaded  # the question was understood
+    assert loaded.isdisjoint(HEAVY - {"typer"})
+
+
+def test_the_first_use_of_a_model_loads_torch_and_nothing_else_heavy():
+    loaded = modules_after("from captioner import Captioner")
+    assert "torch" in loaded
+    assert loaded.isdisjoint(HEAVY - {"torch"})
+
+
+def test_every_public_name_is_there_and_listed():
+    assert {name for name in captioner.__all__ if getattr(captioner, name, None) is None} == set()
+    assert set(captioner.__all__) <= set(dir(captioner))
+    with pytest.raises(AttributeError, match="no attribute 'Captoiner'"):
+        _ = captioner.Captoiner
 
 
 def test_captioning_loads_no_page_no_training_and_no_drawing():
     picture = "captioner.Captioner.load(device='cpu').caption(__import__('numpy').zeros((9, 9, 3), 'uint8'))"
     loaded = modules_after(f"import captioner\n{picture}")
     assert "torchvision" in loaded
-    assert loaded.isdisjoint(HEAVY - {"torchvision"})
+    assert loaded.isdisjoint(HEAVY - {"torch", "torchvision"})
 
 
 def test_importing_the_command_line_runs_nothing():
