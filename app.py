@@ -11,14 +11,16 @@ import argparse
 import base64
 import io
 import os
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from captioner import Caption, Captioner, CaptionerError
+from captioner import Caption, Captioner, CaptionerError, ConfigError
 from captioner.images import open_picture
 from captioner.overlay import COLOUR_MAP, OPACITY
 
@@ -408,16 +410,47 @@ def main() -> None:
     # A platform that runs this file says by these variables where it expects the page.
     host, port = os.getenv("GRADIO_SERVER_NAME", "127.0.0.1"), os.getenv("GRADIO_SERVER_PORT", "7860")
     parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", default=port, type=int, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", default=port, help="port to listen on, 1 to 65535 (default: %(default)s)")
     arguments = parser.parse_args()
     try:
-        page = build_app(Captioner.load(arguments.model))
-        url = start(page, host=arguments.host, port=arguments.port)
+        _serve(arguments.model, arguments.host, _port(arguments.port))
+    except KeyboardInterrupt:
+        parser.exit(130, "error: interrupted\n")
+    except ConfigError as err:
+        parser.exit(2, f"error: {' '.join(str(err).splitlines())}\n")
     except (CaptionerError, OSError) as err:
         parser.exit(1, f"error: {' '.join(str(err).splitlines())}\n")
-    sys.stdout.write(f"{TITLE} is at {url} (Ctrl-C stops it)\n")
-    sys.stdout.flush()
-    page.block_thread()
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= 65535):
+        raise ConfigError(f"--port (or GRADIO_SERVER_PORT) must be a whole number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Say in one line what Gradio would say in the traceback of a thread."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server((str(address[0]), port), family=family).close()
+    except (OSError, UnicodeError) as err:  # a host name with an impossible part is a UnicodeError
+        reason = err.strerror if isinstance(err, OSError) else "not a possible name"
+        raise OSError(
+            f"cannot listen on {host[:200]!r}, port {port}: {reason}; choose others with --host, --port"
+        ) from err
+
+
+def _serve(model: str | None, host: str, port: int) -> None:
+    """Serve the page until it is interrupted."""
+    _require_free(host, port)
+    page = build_app(Captioner.load(model))
+    url = start(page, host=host, port=port)
+    try:
+        sys.stdout.write(f"{TITLE} is at {url} (Ctrl-C stops it)\n")
+        sys.stdout.flush()
+        threading.Event().wait()  # Gradio's own waiting would end in status 0
+    finally:
+        page.close(verbose=False)
 
 
 if __name__ == "__main__":

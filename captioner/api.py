@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from captioner.caption import Caption, Word, make_captions, make_word
@@ -18,9 +21,13 @@ from captioner.config import ModelConfig, SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
 from captioner.images import Source, open_picture
+from captioner.overlay import PANEL_SIDE_PX
 from captioner.preprocessing import to_pixels
 from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord, score_tokens, search, stream
 from captioner.tokenizer import Tokenizer
+
+BATCH_LIMIT = 65_536
+_DEFAULT_MAX_WORDS = SearchOptions().max_words
 
 
 class Captioner:
@@ -60,7 +67,7 @@ class Captioner:
 
         Raises:
             CheckpointError: when the model is missing, foreign or damaged, or the hub cannot be reached.
-            ConfigError: for a device that is not there.
+            ConfigError: for a source that is no path, or a device that is not there.
         """
         return cls(load_checkpoint(source), device=device)
 
@@ -77,6 +84,7 @@ class Captioner:
 
         Raises:
             CheckpointError: when it cannot be written.
+            ConfigError: when `folder` is no path.
         """
         save_checkpoint(Checkpoint(self.model, self.tokenizer, self.card), folder)
 
@@ -86,7 +94,8 @@ class Captioner:
         Args:
             picture: a path, `bytes`, a binary file, a `PIL.Image`, a `uint8` numpy array [H, W, 3], [H, W] or
                 [H, W, 4], or a `uint8` torch tensor [3, H, W].
-            **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`.
+            **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`. Where `max_words` is left
+                out, a model that writes fewer words than its default caps it.
 
         Returns:
             The best caption, and up to n_best - 1 others in its `alternatives`.
@@ -96,8 +105,11 @@ class Captioner:
             ConfigError: for an unknown or impossible option.
             SearchError: when no caption can be as the options ask.
         """
-        (caption,) = self._caption_chunk([picture], *self._search_arguments(options))
-        return caption
+        arguments = self._search_arguments(options)
+        (found,) = self._run([self._prepare(picture)], *arguments)
+        if isinstance(found, SearchError):
+            raise found
+        return found
 
     def caption_batch(
         self,
@@ -106,14 +118,16 @@ class Captioner:
         batch_size: int = 32,
         on_error: Literal["raise", "return"] = "raise",
         **options: Any,
-    ) -> Iterator[Caption | ImageError]:
+    ) -> Iterator[Caption | ImageError | SearchError]:
         """Caption many pictures, lazily: no more than a batch is held in memory.
 
         Args:
-            pictures: any iterable of what `caption` takes.
+            pictures: any iterable of what `caption` takes; what it raises itself comes after the captions of the
+                pictures before.
             batch_size: pictures that go through the model together.
-            on_error: "raise" raises the `ImageError` of a bad picture after the captions of those before it;
-                "return" gives the error in the place of its caption and goes on.
+            on_error: "raise" raises the error of a picture that cannot be read (`ImageError`) or for which no caption
+                meets the options (`SearchError`) after the captions of those before it; "return" gives the error in
+                the place of its caption and goes on.
             **options: search options; see `SearchOptions`.
 
         Returns:
@@ -121,10 +135,14 @@ class Captioner:
 
         Raises:
             ConfigError: at once, for an impossible argument or option.
-            SearchError: at once, for a word that the model does not know.
+            SearchError: at once, for a word that the model does not know; with the first batch, for options that no
+                caption of any picture can meet.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
+        whole = isinstance(cast(object, batch_size), numbers.Integral) and not isinstance(batch_size, bool)
+        if not whole or not 1 <= batch_size <= BATCH_LIMIT:
+            raise ConfigError(
+                f"batch_size must be a whole number, at least 1 and at most {BATCH_LIMIT}, got {batch_size!r}"
+            )
         if on_error not in ("raise", "return"):
             raise ConfigError(f"on_error must be 'raise' or 'return', got {on_error!r}")
         if _is_one_picture(pictures) or not isinstance(pictures, Iterable):
@@ -132,7 +150,7 @@ class Captioner:
                 "pictures must be an iterable of pictures, such as a list of paths, got one "
                 f"{type(pictures).__name__}; for one picture use caption()"
             )
-        return self._caption_stream(iter(pictures), batch_size, on_error, *self._search_arguments(options))
+        return self._caption_stream(iter(pictures), int(batch_size), on_error, *self._search_arguments(options))
 
     def _caption_stream(
         self,
@@ -142,8 +160,12 @@ class Captioner:
         options: SearchOptions,
         must_include: Sequence[Phrase],
         ban: Sequence[Phrase],
-    ) -> Iterator[Caption | ImageError]:
-        while chunk := list(itertools.islice(pictures, batch_size)):
+    ) -> Iterator[Caption | ImageError | SearchError]:
+        fault: Exception | None = None
+        while fault is None:
+            chunk, fault = _pull(pictures, batch_size)
+            if not chunk and fault is None:
+                return
             inputs: list[_Input | ImageError] = []
             for picture in chunk:
                 try:
@@ -153,11 +175,13 @@ class Captioner:
                     if on_error == "raise":
                         break
             good = [item for item in inputs if not isinstance(item, ImageError)]
-            captions = iter(self._run(good, options, must_include, ban))
+            results = iter(self._run(good, options, must_include, ban))
             for item in inputs:
-                if isinstance(item, ImageError) and on_error == "raise":
-                    raise item
-                yield item if isinstance(item, ImageError) else next(captions)
+                result = item if isinstance(item, ImageError) else next(results)
+                if not isinstance(result, Caption) and on_error == "raise":
+                    raise result
+                yield result
+        raise fault
 
     def stream(self, picture: Source, **options: Any) -> Iterator[Word]:
         """Caption one picture and give each word as it is found.
@@ -227,6 +251,9 @@ class Captioner:
         return self._captions([prepared], [[hypothesis]])[0]
 
     def _search_arguments(self, options: dict[str, Any]) -> tuple[SearchOptions, list[Phrase], list[Phrase]]:
+        limit = self.config.max_tokens - 1
+        if limit < _DEFAULT_MAX_WORDS:
+            options = {"max_words": limit, **options}
         chosen = SearchOptions.from_dict(options)
         must_include = [self._phrase(text, "must_include") for text in chosen.must_include]
         # What holds a word that the model does not know can never be written: it is banned already.
@@ -245,11 +272,6 @@ class Captioner:
             )
         return Phrase(text, token_ids)
 
-    def _caption_chunk(
-        self, pictures: Sequence[Source], options: SearchOptions, must_include: Sequence[Phrase], ban: Sequence[Phrase]
-    ) -> list[Caption]:
-        return self._run([self._prepare(picture) for picture in pictures], options, must_include, ban)
-
     def _prepare(self, source: Source) -> _Input:
         return _Input(source, self.config, self.model.encoder.grid_hw)
 
@@ -261,18 +283,29 @@ class Captioner:
 
     def _run(
         self, inputs: Sequence[_Input], options: SearchOptions, must_include: Sequence[Phrase], ban: Sequence[Phrase]
-    ) -> list[Caption]:
+    ) -> list[Caption | SearchError]:
+        """Return the caption of each picture, or why the search found none for it."""
         if not inputs:
             return []
-        found = search(
-            self.model.decoder,
-            self._encode(inputs),
-            vocabulary=self._vocabulary,
-            options=options,
-            must_include=must_include,
-            ban=ban,
-        )
-        return self._captions(inputs, found)
+        try:
+            with _memory_fault_named(options, pictures=len(inputs)):
+                found = search(
+                    self.model.decoder,
+                    self._encode(inputs),
+                    vocabulary=self._vocabulary,
+                    options=options,
+                    must_include=must_include,
+                    ban=ban,
+                )
+        except SearchError as err:
+            if err.picture is None:  # no picture is to blame
+                raise
+            if len(inputs) > 1:  # the others must not be lost
+                return [result for item in inputs for result in self._run([item], options, must_include, ban)]
+            named = SearchError(f"{inputs[0].name}: {str(err).removeprefix('picture 0 of the batch: ')}", picture=0)
+            named.__cause__ = err
+            return [named]
+        return [*self._captions(inputs, found)]
 
     def _captions(self, inputs: Sequence[_Input], found: Sequence[list[Hypothesis]]) -> list[Caption]:
         return [
@@ -296,12 +329,17 @@ class _Input:
         picture = open_picture(cast(Source, recording or source), side_px=side_px)
         self.pixels = to_pixels(picture.image, config.preprocessing)
         self.geometry = Geometry(picture_hw_px=picture.full_hw_px, input_hw_px=(side_px, side_px), grid_hw=grid_hw)
+        self.name = picture.name
         self.source: Source = source
         if recording is not None:
             self.source = b"".join(recording.chunks)
         elif isinstance(source, str | os.PathLike):
             # A relative path would mean another file once the program changes its folder.
-            self.source = Path(source).absolute()
+            self.source = Path(os.fsdecode(source)).absolute()
+        elif isinstance(source, bytearray | memoryview):  # its owner may change it, as what follows
+            self.source = bytes(source)
+        elif isinstance(source, np.ndarray | Tensor | Image.Image):
+            self.source = _thumbnail(picture.image)
 
 
 class _Recording:
@@ -322,6 +360,41 @@ class _Recording:
         if isinstance(chunk, bytes | bytearray | memoryview):  # else `open_picture` says what is wrong with it
             self.chunks.append(bytes(chunk))
         return chunk
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """Return what a figure needs of a picture; cheap, since most captions are never drawn."""
+    if max(image.size) <= PANEL_SIDE_PX:
+        return image
+    scale = PANEL_SIDE_PX / max(image.size)
+    width_px, height_px = (max(1, round(scale * side_px)) for side_px in image.size)
+    # Four samples make a pixel: all of them would take ten times as long and look hardly better at this size.
+    return image.resize((2 * width_px, 2 * height_px), Image.Resampling.NEAREST).reduce(2)
+
+
+def _pull(pictures: Iterator[Source], count: int) -> tuple[list[Source], Exception | None]:
+    """Return the next pictures, at most `count`, and what the iterator raised after them."""
+    chunk: list[Source] = []
+    try:
+        for picture in itertools.islice(pictures, count):
+            chunk.append(picture)
+    except Exception as err:
+        return chunk, err
+    return chunk, None
+
+
+@contextlib.contextmanager
+def _memory_fault_named(options: SearchOptions, *, pictures: int) -> Iterator[None]:
+    """Turn a search that does not fit into memory into a `SearchError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as err:  # torch has a RuntimeError without a class of its own for the CPU
+        if not isinstance(err, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(err):
+            raise
+        raise SearchError(
+            f"not enough memory to search with beam_size={options.beam_size} for {pictures} pictures at once; "
+            "lower beam_size or batch_size"
+        ) from err
 
 
 def _is_one_picture(value: object) -> bool:

@@ -150,13 +150,26 @@ class MultiHeadAttention(nn.Module):
         Returns:
             output_NTD, and weights_NHTP, float32, non-negative, each row of P sums to 1.
         """
-        rows_N, steps, dim = state_NTD.shape
+        read_NTD, weights_NHTP = self.read(self.query(state_NTD), memory)
+        output_NTD = self.output(read_NTD)
+        return output_NTD, weights_NHTP
+
+    def read(self, query_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        """Read the grid with queries that are projected already; the output is not yet.
+
+        Args:
+            query_NTD: queries of T steps, R rows side by side for each picture.
+            memory: of the pictures, from `remember`.
+
+        Returns:
+            read_NTD, the heads side by side, and weights_NHTP as in `forward`.
+        """
+        rows_N, steps, dim = query_NTD.shape
         pictures, rows_R = memory.keys.shape[0], memory.rows_per_picture(rows_N)
         # The rows of a picture are only more queries to the same keys: [B, H, R * T, D].
-        query = self.query(state_NTD).reshape(pictures, -1, self.heads, self.head_dim).transpose(1, 2)
+        query = query_NTD.reshape(pictures, -1, self.heads, self.head_dim).transpose(1, 2)
         scores = (query * self.head_dim**-0.5) @ memory.keys.transpose(-2, -1)
         weights = scores.float().softmax(dim=-1)
-        read = (self.dropout(weights).to(memory.values.dtype) @ memory.values).transpose(1, 2)
-        output_NTD = self.output(read.reshape(rows_N, steps, dim))
+        read = (self.dropout(weights.to(memory.values.dtype)) @ memory.values).transpose(1, 2)
         weights_BHRTP = weights.unflatten(2, (rows_R, steps))
-        return output_NTD, weights_BHRTP.transpose(1, 2).flatten(0, 1)
+        return read.reshape(rows_N, steps, dim), weights_BHRTP.transpose(1, 2).flatten(0, 1)

@@ -50,7 +50,8 @@ class Caption:
         finished: False when the sentence was broken off at `max_words`, where the model would have gone on.
         geometry: sizes of picture, model input and attention grid.
         alternatives: the other captions that were asked for by `n_best`, best first, no two with one text.
-        picture: what was captioned, opened again when a figure is drawn.
+        picture: what was captioned, opened again when a figure is drawn; of an array, tensor
+            or `PIL.Image`, which its owner may change, a copy of at most 512 px a side.
     """
 
     text: str

@@ -26,7 +26,8 @@ from captioner.model import CaptionModel, build_model
 from captioner.tokenizer import Tokenizer
 
 FORMAT = "captioner"
-FORMAT_VERSION = 1
+# Version 1 had no checksum of the settings in config.json; its folders are still read.
+FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,15 +59,18 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *, h
 
     Raises:
         CheckpointError: when the folder cannot be written, or a weight does not fit into float16.
+        ConfigError: when `folder` is no path.
     """
-    path = Path(folder)
+    path = _path(folder)
     weights = {name: _stored(name, value, half) for name, value in checkpoint.model.state_dict().items()}
     contents = {WEIGHTS: save_safetensors(weights), TOKENIZER: checkpoint.tokenizer.to_json().encode()}
+    settings = checkpoint.model.config.to_dict()
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": checkpoint.model.config.to_dict(),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        "model": settings,
+        "sha256": {**checksums, "model": _settings_sha256(settings)},
     }
     contents[CARD] = checkpoint.card.encode()
     contents[CONFIG] = (json.dumps(description, indent=2) + "\n").encode()  # last: it vouches for the others
@@ -76,8 +80,13 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike[str], *, h
             partial = path / f".{name}.{os.getpid()}.partial"
             partial.write_bytes(content)
             partial.replace(path / name)
-    except OSError as err:
-        raise CheckpointError(f"{path}: the model cannot be written: {err.strerror or err}") from err
+    except (OSError, ValueError) as err:  # a name with a NUL is a ValueError
+        raise CheckpointError(f"{_shown(path)}: the model cannot be written: {_first_line(err)}") from err
+
+
+def _settings_sha256(settings: dict[str, Any]) -> str:
+    """Return the SHA-256 of "model" in config.json, however that file is laid out."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _stored(name: str, value: Tensor, half: bool) -> Tensor:
@@ -102,14 +111,13 @@ def load_checkpoint(source: str | os.PathLike[str] | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: naming the file that is missing, foreign or damaged, or the weight of another name or shape.
+        ConfigError: when `source` is no path.
     """
     folder = BUNDLED if source is None else _folder(source)
     description = _read_description(folder)
     contents = {name: _read_checked(folder, name, description) for name in (WEIGHTS, TOKENIZER)}
     try:
         config = ModelConfig.from_dict(description["model"])
-        with torch.device("meta"):  # no time is spent on random weights that are replaced at once
-            model = build_model(config)
     except ConfigError as err:
         raise CheckpointError(f"{folder / CONFIG}: {err}") from err
     tokenizer = Tokenizer.from_json(_text(contents[TOKENIZER], folder / TOKENIZER), name=str(folder / TOKENIZER))
@@ -118,19 +126,47 @@ def load_checkpoint(source: str | os.PathLike[str] | None = None) -> Checkpoint:
             f"{folder}: {TOKENIZER} has {tokenizer.vocabulary_size} tokens but {CONFIG} says "
             f"{config.vocabulary_size}; the two are not of one model"
         )
+    model = _build(config, folder / CONFIG)
     _fill(model, contents[WEIGHTS], folder / WEIGHTS)
-    card = folder / CARD
-    return Checkpoint(model.eval(), tokenizer, _text(_read(card), card) if card.exists() else "")
+    return Checkpoint(model.eval(), tokenizer, _card(folder / CARD))
+
+
+def _build(config: ModelConfig, path: Path) -> CaptionModel:
+    try:
+        with torch.device("meta"):  # no time is spent on random weights that are replaced at once
+            return build_model(config)
+    except ConfigError as err:
+        raise CheckpointError(f"{path}: {err}") from err
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as err:  # settings that torch cannot build
+        raise CheckpointError(f"{path}: no model can be built from it: {_first_line(err)}") from err
+
+
+def _path(source: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(os.fsdecode(source))
+    except TypeError as err:
+        raise ConfigError(f"a model is named by the path of its folder, got {type(source).__name__}") from err
+
+
+def _shown(path: Path) -> str:
+    text = str(path).encode("unicode_escape").decode() if "\0" in str(path) else str(path)
+    return text if len(text) <= 300 else f"{text[:200]}...{text[-80:]}"
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = _path(source)
+    if not os.fsdecode(source):
+        raise CheckpointError("the name of the model is empty; name a model folder or a hub id such as 'user/name'")
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except OSError as err:  # no permission, or a name that is too long
+        raise CheckpointError(f"{_shown(path)}: cannot be read: {_first_line(err)}") from err
+    if is_file:
         raise CheckpointError(f"{path}: is a file; name the folder that holds {WEIGHTS}, {CONFIG} and {TOKENIZER}")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{path}: no such folder; name a model folder or a hub id such as 'user/name'")
+        raise CheckpointError(f"{_shown(path)}: no such folder; name a model folder or a hub id such as 'user/name'")
     return _download(source)
 
 
@@ -141,7 +177,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD]))
     except HFValidationError as err:
-        raise CheckpointError(f"{hub_id}: neither a folder nor a valid hub id: {err}") from err
+        raise CheckpointError(
+            f"{_shown(Path(hub_id))}: neither a folder nor a valid hub id: {_first_line(err)[:120]}"
+        ) from err
     except Exception as err:  # besides OSError whatever the network library raises, such as a proxy's refusal
         # In older versions of the library an HfHubHTTPError also stands for "offline, and not in the cache".
         if isinstance(err, HfHubHTTPError) and not isinstance(err, LocalEntryNotFoundError):
@@ -156,25 +194,33 @@ def _download(hub_id: str) -> Path:
 
 
 def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
+    reason = err.strerror if isinstance(err, OSError) else None
+    return (reason or str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     text = _text(_read(folder / CONFIG), folder / CONFIG)
     try:
         description = json.loads(text)
+        settings = description.get("model") if isinstance(description, dict) else None
+        checksum = _settings_sha256(settings) if isinstance(settings, dict) else None
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{folder / CONFIG}: damaged: not JSON: {err}") from err
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f'{folder / CONFIG}: not of a Captioner model; expected "format": "{FORMAT}"')
     version = description.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READ_VERSIONS:
         raise CheckpointError(
             f"{folder / CONFIG}: format version {version!r} cannot be read, this Captioner reads version "
-            f"{FORMAT_VERSION}; upgrade with: pip install -U captioner"
+            f"{' and '.join(map(str, READ_VERSIONS))}; upgrade with: pip install -U captioner"
         )
-    if not isinstance(description.get("sha256"), dict) or not isinstance(description.get("model"), dict):
+    if not isinstance(description.get("sha256"), dict) or checksum is None:
         raise CheckpointError(f'{folder / CONFIG}: damaged: it needs "model" and "sha256"')
+    if version > 1 and description["sha256"].get("model") != checksum:
+        raise CheckpointError(
+            f'{folder / CONFIG}: damaged, or changed by hand: the SHA-256 of "model" is not the one that it states; '
+            "copy or download the folder again"
+        )
     return description
 
 
@@ -197,6 +243,15 @@ def _read(path: Path) -> bytes:
         ) from err
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
+
+
+def _card(path: Path) -> str:
+    """Return the text of the model card; empty when there is none."""
+    try:
+        missing = not path.exists()
+    except OSError:
+        missing = False  # reading it says why
+    return "" if missing else _text(_read(path), path)
 
 
 def _text(content: bytes, path: Path) -> str:

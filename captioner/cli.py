@@ -5,6 +5,7 @@ Exit status: 0 all well, 1 failed, 2 wrong usage, 3 some pictures failed (each n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -16,16 +17,18 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from captioner.config import METHODS, SearchOptions
-from captioner.errors import CaptionerError, ConfigError, ImageError
+from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from captioner.api import Captioner
     from captioner.caption import Caption
 
@@ -52,9 +55,33 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 o
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one record per line.")]
 
 
+class OutputError(OSError):
+    """Standard output cannot be written."""
+
+
+def one_line(text: str) -> str:
+    """Return a text that a terminal shows as it is: a file's name may hold line breaks and escape codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def complain(error: BaseException | str) -> None:
     """Write one line about what went wrong to standard error."""
-    typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+    typer.echo(f"error: {one_line(' '.join(str(error).splitlines()))}", err=True)
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[None]:
+    """Tell faults of standard output from those of any other file."""
+    try:
+        yield
+    except OSError as err:
+        raise OutputError(err.errno, err.strerror) from err
+
+
+def say(text: str) -> None:
+    """Write to standard output."""
+    with _standard_output():
+        typer.echo(text)
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,12 +97,15 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as err:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from err
-        except OSError as err:  # our own errors stand for all others: this is standard output
+        except OutputError as err:
             if err.errno == errno.EPIPE:  # its reader, such as `head`, has seen enough: Typer ends quietly
                 raise
             complain(f"standard output cannot be written: {err.strerror or err}")
             # What is left in its buffer would fail once more when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(FAILED) from err
+        except OSError as err:
+            complain(err)
             raise typer.Exit(FAILED) from err
 
     return run
@@ -143,7 +173,7 @@ def caption(
     failed = 0
     results = captioner.caption_batch(photos, batch_size=batch_size, on_error="return", **options)
     for photo, result in zip(photos, results, strict=True):
-        if isinstance(result, ImageError):
+        if isinstance(result, ImageError | SearchError):
             failed += 1
             complain(result)
             if as_json:
@@ -159,13 +189,14 @@ def caption(
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    typer.echo(json.dumps(record))  # in ASCII: valid whatever the terminal's encoding, or a file's name, is
+    say(json.dumps(record))  # in ASCII: valid whatever the terminal's encoding, or a file's name, is
 
 
 def _print_caption(photo: str, result: Caption) -> None:
-    typer.echo(f"{photo}: {result.text}")
+    name = one_line(photo)
+    say(f"{name}: {one_line(result.text)}")
     for other in result.alternatives:
-        typer.echo(f"{' ' * len(photo)}  {other.text}")
+        say(f"{' ' * len(name)}  {one_line(other.text)}")
 
 
 @app.command()
@@ -184,10 +215,7 @@ def explain(
 ) -> None:
     """Caption a picture and draw where it was looked at for each word."""
     SearchOptions.from_dict(options)
-    if output.suffix.lower() not in FIGURE_SUFFIXES:
-        raise ConfigError(f"{output}: not a figure's name; it must end in {', '.join(FIGURE_SUFFIXES)}")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
+    _check_output(output, photo)
     if sentence is not None and options:
         raise ConfigError(f"--sentence needs no search; leave out {', '.join(sorted(options))}")
     captioner = _load(model, device)
@@ -197,13 +225,34 @@ def explain(
     except ImageError as err:
         complain(err)
         raise typer.Exit(SOME_FAILED) from err
+    _save(figure, output)
+    say(f"{one_line(photo)}: {one_line(found.text)}")
+    _print_words(found)
+    say(f"figure: {one_line(str(output))}")
+
+
+def _check_output(output: Path, photo: str) -> None:
+    if output.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ConfigError(f"{output}: not a figure's name; it must end in {', '.join(FIGURE_SUFFIXES)}")
+    with contextlib.suppress(OSError, ValueError):  # what is not there, or cannot be reached, is told when it is used
+        if output.samefile(photo):
+            raise ConfigError(f"{output}: is the photo itself, which the figure would replace; name another file")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
+
+
+def _save(figure: Figure, output: Path) -> None:
+    """Write a figure at once or not at all."""
     try:
-        figure.savefig(output)
+        target = output.resolve()
+        partial = target.with_name(f".captioner-{os.getpid()}.partial")
+        try:
+            figure.savefig(partial, format=output.suffix[1:].lower())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as err:
         raise CaptionerError(f"{output}: the figure cannot be written: {err.strerror or err}") from err
-    typer.echo(f"{photo}: {found.text}")
-    _print_words(found)
-    typer.echo(f"figure: {output}")
 
 
 def _print_words(found: Caption) -> None:
@@ -217,7 +266,8 @@ def _print_words(found: Caption) -> None:
         rows, columns = word.attention.shape
         place = f"({row + 1}, {column + 1}) of {rows} x {columns}"
         table.add_row(word.text, f"{word.probability:.2f}", place)
-    Console().print(table)
+    with _standard_output():
+        Console().print(table)
 
 
 @app.command()
@@ -250,6 +300,7 @@ def evaluate(
         "frequencies": None if frequencies is None else metrics.DocumentFrequencies.load(frequencies),
         "meteor": java.missing("METEOR") is None,
         "spice": spice,
+        "source": truth.source,
     }
     first = metrics.read_predictions(predictions, truth)
     result: metrics.Evaluation | metrics.Comparison
@@ -260,8 +311,8 @@ def evaluate(
         result = metrics.compare(first, second, truth.captions, **options)
     if as_json:
         _print_json(result.to_dict())
-        return
-    typer.echo(result.table())
+    else:
+        say(result.table())
     if not options["meteor"]:
         complain(f"METEOR is left out: {java.missing('METEOR')}")
 
@@ -296,17 +347,17 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
         _print_json(facts | {"card": captioner.card})
         return
     for name, value in facts.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        typer.echo(f"{name.replace('_', ' '):18} {shown}")
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else one_line(str(value))
+        say(f"{name.replace('_', ' '):18} {shown}")
     if captioner.card:
-        typer.echo("\n" + captioner.card.strip())
+        say("\n" + captioner.card.strip())
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from captioner import __version__
 
-        typer.echo(f"captioner {__version__}")
+        say(f"captioner {__version__}")
         raise typer.Exit
 
 
@@ -321,6 +372,9 @@ def _common(
 
 def main() -> None:
     """Run the command line; the console script."""
+    if sys.stdout is None:  # the shell's >&-
+        complain("standard output is closed; let it go to a file or a terminal")
+        raise SystemExit(FAILED)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     app()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from captioner.errors import ConfigError
 
 METHODS = ("beam", "greedy", "sample")
 WORDS_LIMIT = 200
+BEAM_LIMIT = 1000
+# What exceeds these is damage or a typing error: no such network fits into a computer.
+WIDTH_LIMIT, LAYERS_LIMIT, VOCABULARY_LIMIT = 2**16, 256, 10_000_000
 
 
 def _require(ok: bool, message: str) -> None:
@@ -77,6 +81,17 @@ class _Settings:
 
     title: ClassVar[str] = "settings"
 
+    def _make_numbers_plain(self) -> None:
+        """Turn numbers of another kind, such as numpy's, into Python's own."""
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, int | float):
+                continue
+            if isinstance(value, numbers.Integral):
+                object.__setattr__(self, each.name, int(value))
+            elif isinstance(value, numbers.Real):
+                object.__setattr__(self, each.name, float(value))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON or YAML can hold; `from_dict` is the inverse."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
@@ -130,6 +145,7 @@ class PreprocessingConfig(_Settings):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         _require_int("side_px", self.side_px, at_least=32, at_most=4096)
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -157,6 +173,7 @@ class EncoderConfig(_Settings):
     stride: int = 32
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         _require(
             isinstance(self.backbone, str) and bool(self.backbone),
             f"backbone must be the name of a torchvision CNN, got {self.backbone!r}",
@@ -183,8 +200,9 @@ class RecurrentConfig(_Settings):
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         for name in ("embedding_dim", "state_dim", "attention_dim"):
-            _require_int(name, getattr(self, name), at_least=1)
+            _require_int(name, getattr(self, name), at_least=1, at_most=WIDTH_LIMIT)
         _require_number("dropout", self.dropout, at_least=0.0, at_most=0.95)
 
 
@@ -212,8 +230,10 @@ class MultiheadConfig(_Settings):
     map_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         for name in ("dim", "layers", "heads", "feedforward_dim"):
-            _require_int(name, getattr(self, name), at_least=1)
+            limit = LAYERS_LIMIT if name == "layers" else WIDTH_LIMIT
+            _require_int(name, getattr(self, name), at_least=1, at_most=limit)
         _require(self.dim % self.heads == 0, f"heads must divide dim, got dim={self.dim} and heads={self.heads}")
         _require_number("dropout", self.dropout, at_least=0.0, at_most=0.95)
         _require(
@@ -256,8 +276,9 @@ class ModelConfig(_Settings):
     decoder_settings: DecoderConfig = None  # type: ignore[assignment]  # replaced below by the decoder's defaults
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         _require_one_of("decoder", self.decoder, tuple(DECODER_CONFIGS))
-        _require_int("vocabulary_size", self.vocabulary_size, at_least=4)
+        _require_int("vocabulary_size", self.vocabulary_size, at_least=4, at_most=VOCABULARY_LIMIT)
         _require_int("max_tokens", self.max_tokens, at_least=2, at_most=WORDS_LIMIT + 1)
         parts: dict[str, type[_Settings]] = {
             "preprocessing": PreprocessingConfig,
@@ -330,9 +351,10 @@ class SearchOptions(_Settings):
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        self._make_numbers_plain()
         _require_one_of("method", self.method, METHODS)
-        _require_int("beam_size", self.beam_size, at_least=1, at_most=1_000_000)
-        _require_int("n_best", self.n_best, at_least=1, at_most=1000)
+        _require_int("beam_size", self.beam_size, at_least=1, at_most=BEAM_LIMIT)
+        _require_int("n_best", self.n_best, at_least=1, at_most=BEAM_LIMIT)
         _require_int("min_words", self.min_words, at_least=1)
         _require_int("max_words", self.max_words, at_least=1, at_most=WORDS_LIMIT)
         _require_number("length_penalty", self.length_penalty, at_least=-5.0, at_most=5.0)

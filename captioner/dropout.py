@@ -37,8 +37,10 @@ class Dropout(nn.Module):
             return functional.dropout(values, self.p)
         dropped = min(round(self.p * 256), 255)
         words = torch.empty((values.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: values.numel()].view(values.shape) >= dropped
-        return values * keep.to(values.dtype).mul_(256 / (256 - dropped))
+        # Compared straight into the dtype of the values: to turn booleans into bfloat16 takes longer than all the rest.
+        keep = torch.empty(values.shape, dtype=values.dtype)
+        torch.ge(words.view(torch.uint8)[: values.numel()].view(values.shape), dropped, out=keep)
+        return values * keep.mul_(256 / (256 - dropped))
 
     def extra_repr(self) -> str:
         """Show p in the printed model."""

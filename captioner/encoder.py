@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.stride = stride
         self.feature_dim, self.grid_hw = self._probe(side_px)
-        self._frozen_stages = 0
+        self._frozen_stages, self._batch_norm = 0, True
 
     def _probe(self, side_px: int) -> tuple[int, tuple[int, int]]:
         """Return channels and grid of an input of this side, without computing anything."""
@@ -182,11 +182,13 @@ class Encoder(nn.Module):
             )
         return int(shape[1]), grid_hw
 
-    def set_trainable(self, last_stages: int | None = None) -> None:
+    def set_trainable(self, last_stages: int | None = None, *, batch_norm: bool = True) -> None:
         """Choose which part is trained; the rest is frozen, the statistics of its batch norms included.
 
         Args:
             last_stages: how many stages, counted from the output, are trained: 0 none, None all.
+            batch_norm: whether batch norms of the trained part normalise by each batch and follow it; otherwise their
+                statistics keep still there too, as is best for small batches.
 
         Raises:
             ConfigError: for a negative number, or more stages than there are.
@@ -195,7 +197,7 @@ class Encoder(nn.Module):
         trained = count if last_stages is None else last_stages
         if not 0 <= trained <= count:
             raise ConfigError(f"{self.backbone} has {count} stages; the last {last_stages} cannot be trained")
-        self._frozen_stages = count - trained
+        self._frozen_stages, self._batch_norm = count - trained, batch_norm
         for index, stage in enumerate(self.stages):
             stage.requires_grad_(index >= self._frozen_stages)
         self.train(self.training)
@@ -205,6 +207,10 @@ class Encoder(nn.Module):
         super().train(mode)
         for stage in list(self.stages)[: self._frozen_stages]:
             stage.eval()
+        if not self._batch_norm:
+            for module in self.stages.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:

@@ -39,7 +39,16 @@ class CheckpointError(CaptionerError):
 
 
 class SearchError(CaptionerError):
-    """The search cannot give what was asked of it."""
+    """The search cannot give what was asked of it.
+
+    Args:
+        message: names thing, fault and remedy.
+        picture: which picture of the batch is to blame; None when the search fails for every picture.
+    """
+
+    def __init__(self, message: str, *, picture: int | None = None) -> None:
+        super().__init__(message)
+        self.picture = picture
 
 
 class DataError(CaptionerError):

@@ -89,13 +89,14 @@ def draw_words(image: Image.Image, words: Sequence[DrawnWord], *, title: str, co
     columns = min(COLUMNS, len(words) + 1)
     rows = math.ceil((len(words) + 1) / columns)
     aspect = min(3.0, max(1 / 3, small.height / small.width))
+    pixel_aspect = aspect * small.width / small.height  # 1, but for a picture that would be a mere line
     figure = Figure(figsize=(2.3 * columns, (2.3 * aspect + 0.35) * rows + 0.5), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    axes[0].imshow(small)
+    axes[0].imshow(small, aspect=pixel_aspect)
     for axis, word in zip(axes[1:], words, strict=False):
-        axis.imshow(tint(small, word.attention, colour_map=colour_map))
+        axis.imshow(tint(small, word.attention, colour_map=colour_map), aspect=pixel_aspect)
         axis.set_title(_plain(f"{word.text}  {word.probability:.0%}"), fontsize=11)
     figure.suptitle(_plain(title), fontsize=13, wrap=True)
     return figure

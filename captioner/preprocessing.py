@@ -51,6 +51,6 @@ def normalise(pixels_u8: Tensor, config: PreprocessingConfig) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    mean = torch.tensor(config.mean, device=pixels_u8.device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=pixels_u8.device).view(3, 1, 1)
+    mean = torch.tensor(config.mean, dtype=torch.float32, device=pixels_u8.device).view(3, 1, 1)
+    std = torch.tensor(config.std, dtype=torch.float32, device=pixels_u8.device).view(3, 1, 1)
     return (pixels_u8.float() / 255.0 - mean) / std

@@ -49,6 +49,11 @@ def _fault(backend: HuggingFaceTokenizer) -> str | None:
     return None
 
 
+def _frequent(counts: Counter[str], min_count: int) -> list[str]:
+    """Return the words that occur often enough, by falling count, equal counts in alphabetical order."""
+    return sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+
+
 class Tokenizer:
     """Words of one vocabulary. The ids of the special tokens are the same in every vocabulary.
 
@@ -94,11 +99,8 @@ class Tokenizer:
             raise ConfigError(f"min_count must be at least 1, got {min_count}")
         if max_size is not None and max_size <= len(SPECIAL_TOKENS):
             raise ConfigError(f"max_size must be at least {len(SPECIAL_TOKENS) + 1}, got {max_size}")
-        counts: Counter[str] = Counter()
-        splitter = cls(_pipeline({token: index for index, token in enumerate(SPECIAL_TOKENS)}))
-        for caption in captions:
-            counts.update(splitter.split(caption))
-        words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+        counts = cls(_pipeline({token: index for index, token in enumerate(SPECIAL_TOKENS)})).count(captions)
+        words = _frequent(counts, min_count)
         if max_size is not None:
             words = words[: max_size - len(SPECIAL_TOKENS)]
         if not words:
@@ -106,6 +108,35 @@ class Tokenizer:
                 f"vocabulary: of {len(counts)} different words none occurs {min_count} times; lower min_count"
             )
         return cls(_pipeline({token: index for index, token in enumerate((*SPECIAL_TOKENS, *words))}))
+
+    def count(self, captions: Iterable[str]) -> Counter[str]:
+        """Return how often each word occurs in captions, known or not."""
+        counts: Counter[str] = Counter()
+        for caption in captions:
+            counts.update(self.split(caption))
+        return counts
+
+    def extended(self, captions: Iterable[str], *, min_count: int = 5) -> Tokenizer:
+        """Return this vocabulary with the new words of captions after its own, whose ids stay.
+
+        Args:
+            captions: sentences.
+            min_count: a new word that occurs less often is left out.
+
+        Returns:
+            The larger tokenizer; this one when there is no new word.
+
+        Raises:
+            ConfigError: for a `min_count` below 1.
+        """
+        if min_count < 1:
+            raise ConfigError(f"min_count must be at least 1, got {min_count}")
+        new = [word for word in _frequent(self.count(captions), min_count) if not self.knows(word)]
+        if not new:
+            return self
+        vocabulary = dict(self._backend.get_vocab())
+        vocabulary |= {word: len(vocabulary) + index for index, word in enumerate(new)}
+        return Tokenizer(_pipeline(vocabulary))
 
     @property
     def vocabulary_size(self) -> int:

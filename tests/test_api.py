@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,20 @@ def any_captioner(request, captioner, tiny_checkpoint):
     if request.param == "bundled":
         return captioner
     return Captioner(tiny_checkpoint(request.param), device="cpu")
+
+
+def test_the_tests_could_tell_one_picture_and_one_word_from_another(any_captioner, example_photos):
+    """What mixed them up would otherwise pass: see `conftest.discriminate`."""
+    visible = 100 * TOLERANCE
+    found = [any_captioner.caption(photo, beam_size=4) for photo in example_photos]
+    for caption, other in itertools.combinations(found, 2):
+        assert abs(caption.score - other.score) > visible
+    if any_captioner.config.decoder == "mean":
+        return  # its maps are even
+    for caption, other in itertools.combinations(found, 2):
+        assert np.abs(caption.words[0].attention - other.words[0].attention).max() > visible
+    steps = [np.abs(w.attention - v.attention).max() for c in found for w, v in itertools.pairwise(c.words)]
+    assert np.mean(np.array(steps) > visible) > 0.5
 
 
 @pytest.fixture(scope="module", params=SEARCHES)
@@ -109,7 +124,7 @@ def test_a_seed_makes_sampling_reproducible_and_leaves_the_global_generator_alon
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_the_exif_orientation_does_not_change_the_caption(captioner, example_photos, orientation):
+def test_the_exif_orientation_does_not_change_the_caption(any_captioner, example_photos, orientation):
     upright = Image.open(example_photos[0]).resize((320, 200))
     turn = STORED_AS[orientation]
     stored = upright if turn is None else upright.transpose(turn)
@@ -117,9 +132,12 @@ def test_the_exif_orientation_does_not_change_the_caption(captioner, example_pho
     exif[0x0112] = orientation
     file = io.BytesIO()
     stored.save(file, "PNG", exif=exif)  # lossless, so that the pixels are equal
-    caption = captioner.caption(file.getvalue())
+    caption = any_captioner.caption(file.getvalue())
     assert caption.geometry.picture_hw_px == (200, 320)
-    assert_same(caption, captioner.caption(np.asarray(upright)))
+    assert_same(caption, any_captioner.caption(np.asarray(upright)))
+    if turn is not None:  # or the orientation would not matter
+        sideways = any_captioner.caption(np.asarray(stored))
+        assert abs(sideways.score - caption.score) > 10 * TOLERANCE
 
 
 # --- Batches. What a caption says does not matter here: a tiny model. ---
@@ -164,7 +182,8 @@ def test_a_batch_keeps_no_picture_that_is_done(tiny_captioner):
 def test_a_batch_keeps_the_order(tiny_captioner):
     pictures = [noise(seed) for seed in range(7)]
     found = tiny_captioner.caption_batch(pictures, batch_size=3, method="sample", seed=1)
-    assert [caption.picture for caption in found] == pictures
+    for caption, picture in zip(found, pictures, strict=True):
+        assert caption.picture == picture
 
 
 def test_no_pictures_give_no_captions(tiny_captioner):
@@ -190,6 +209,148 @@ def test_an_error_is_raised_after_the_captions_before_it(tiny_captioner):
         assert_same(next(captions), tiny_captioner.caption(noise(seed)))
     with pytest.raises(ImageReadError, match="<bytes>"):
         next(captions)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 32])
+def test_what_the_source_of_the_pictures_raises_comes_after_the_captions_before_it(tiny_captioner, batch_size):
+    def pictures():
+        for seed in range(3):
+            yield noise(seed)
+        raise RuntimeError("the disk is gone")
+
+    captions = tiny_captioner.caption_batch(pictures(), batch_size=batch_size)
+    for seed in range(3):
+        assert_same(next(captions), tiny_captioner.caption(noise(seed)))
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        next(captions)
+
+
+@pytest.fixture
+def spoilt(tiny_captioner, tmp_path, monkeypatch):
+    """A captioner whose features of one picture are NaN, and that picture among others."""
+    encode = Captioner._encode
+
+    def spoil(self, inputs):
+        grid_BPC = encode(self, inputs).clone()
+        for row, item in enumerate(inputs):
+            if item.name.endswith("bad.png"):
+                grid_BPC[row] = torch.nan
+        return grid_BPC
+
+    monkeypatch.setattr(Captioner, "_encode", spoil)
+    noise(9).save(tmp_path / "bad.png")
+    return tiny_captioner, [noise(0), tmp_path / "bad.png", noise(1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_a_picture_that_has_no_caption_is_named_and_loses_no_other(spoilt, batch_size):
+    captioner, pictures = spoilt
+    first, error, last = captioner.caption_batch(pictures, batch_size=batch_size, on_error="return")
+    assert isinstance(error, SearchError)
+    assert str(error).startswith(f"{pictures[1]}: the model gave NaN")
+    assert_same(first, captioner.caption(pictures[0]))
+    assert_same(last, captioner.caption(pictures[2]))
+    captions = captioner.caption_batch(pictures, batch_size=batch_size)
+    assert_same(next(captions), first)
+    with pytest.raises(SearchError, match=r"bad\.png"):
+        next(captions)
+    with pytest.raises(SearchError, match=r"bad\.png"):
+        captioner.caption(pictures[1])
+
+
+def test_what_no_picture_can_meet_is_raised_even_where_errors_are_returned(tiny_captioner):
+    options = {"must_include": ["dog"], "ban": ["dog"]}
+    with pytest.raises(SearchError, match="must_include 'dog' and ban 'dog'"):
+        list(tiny_captioner.caption_batch([noise(0), noise(1)], on_error="return", **options))
+
+
+def test_of_many_demands_the_first_ones_are_named(tiny_captioner):
+    words = ["a", "dog", "man", "red", "ball", "runs", "with", "the"]
+    with pytest.raises(SearchError, match="'ball' and 3 more of must_include and max_words=7") as caught:
+        tiny_captioner.caption(noise(0), must_include=words, max_words=7)
+    assert "'runs'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_search_without_memory_names_what_to_lower(tiny_captioner, monkeypatch, fault):
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(tiny_captioner.model.decoder, "start", fail)
+    with pytest.raises(SearchError, match="beam_size=900 for 2 pictures at once; lower beam_size or batch_size"):
+        list(tiny_captioner.caption_batch([noise(0), noise(1)], beam_size=900, on_error="return"))
+
+
+def test_a_model_of_few_words_caps_what_was_not_asked_for(tiny_checkpoint):
+    short = Captioner(tiny_checkpoint("mean", max_tokens=8), device="cpu")
+    assert len(short.caption(noise(0)).words) <= 7
+    assert len(list(short.stream(noise(0)))) <= 7
+    with pytest.raises(SearchError, match="at most 8; set max_words to at most 7"):
+        short.caption(noise(0), max_words=8)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_captioner):
+    options = {"beam_size": np.int64(4), "n_best": np.uint8(2), "length_penalty": np.float32(0.5)}
+    expected = tiny_captioner.caption(noise(0), beam_size=4, n_best=2, length_penalty=0.5)
+    assert_same(next(tiny_captioner.caption_batch([noise(0)], batch_size=np.int32(2), **options)), expected)
+    with pytest.raises(ConfigError, match="beam_size"):
+        tiny_captioner.caption(noise(0), beam_size=np.True_)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_default_dtype_of_torch_changes_nothing(any_captioner, search):
+    expected = any_captioner.caption(noise(0), **SEARCHES[search])
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = any_captioner.caption(noise(0), **SEARCHES[search])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected)
+    assert found.words[0].attention.dtype == np.float32
+
+
+class BytesPath(os.PathLike):
+    def __init__(self, path):
+        self.path = os.fsencode(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_a_path_may_be_bytes_behind_its_name(tiny_captioner, example_photos):
+    found = tiny_captioner.caption(BytesPath(example_photos[0]))
+    assert_same(found, tiny_captioner.caption(example_photos[0]))
+    assert found.picture == example_photos[0]
+
+
+MUTABLE = {
+    "array": lambda array: (array, lambda: array.fill(0)),
+    "tensor": lambda array: ((tensor := torch.from_numpy(array).permute(2, 0, 1)), tensor.zero_),
+    "image": lambda array: ((image := Image.fromarray(array)), image.close),
+    "bytearray": lambda array: ((data := bytearray(png_of(array))), data.clear),
+    "memoryview": lambda array: (memoryview(data := bytearray(png_of(array))), lambda: data.__setitem__(0, 0)),
+}
+
+
+def png_of(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", MUTABLE)
+def test_a_figure_draws_what_was_captioned_whatever_became_of_it(tiny_captioner, kind):
+    pixels = np.asarray(noise(0)).copy()
+    source, spoil = MUTABLE[kind](pixels.copy())
+    caption = tiny_captioner.caption(source, max_words=1)
+    spoil()
+    np.testing.assert_array_equal(caption.figure().axes[0].images[0].get_array(), pixels)
+
+
+def test_a_caption_holds_a_small_copy_of_a_large_array(tiny_captioner):
+    caption = tiny_captioner.caption(np.zeros((900, 1800, 3), np.uint8), max_words=1)
+    assert caption.picture.size == (512, 256)
+    assert caption.geometry.picture_hw_px == (900, 1800)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +403,9 @@ def test_wrong_options_are_refused_at_once(tiny_captioner, options, named):
             call(noise(0), **options)
 
 
-@pytest.mark.parametrize("batch", [{"batch_size": 0}, {"batch_size": True}, {"batch_size": 2.0}, {"on_error": "x"}])
+@pytest.mark.parametrize(
+    "batch", [{"batch_size": 0}, {"batch_size": 10**30}, {"batch_size": True}, {"batch_size": 2.0}, {"on_error": "x"}]
+)
 def test_wrong_arguments_of_a_batch_are_refused_at_once(tiny_captioner, batch):
     with pytest.raises(ConfigError, match=next(iter(batch))):
         tiny_captioner.caption_batch([noise(0)], **batch)

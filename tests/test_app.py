@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import sys
+from pathlib import Path
 
 import gradio as gr
 import matplotlib
@@ -217,3 +218,52 @@ def test_a_start_that_fails_says_why_in_one_line(tmp_path, monkeypatch, capsys, 
     complaint = capsys.readouterr().err
     assert complaint.startswith("error: ")
     assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "-1", "80.5", "", "9" * 400, "٣"])
+@pytest.mark.parametrize("given", ["argument", "variable"])
+def test_an_impossible_port_is_one_line_and_status_2(monkeypatch, capsys, port, given):
+    monkeypatch.setattr(sys, "argv", ["app.py", f"--port={port}"] if given == "argument" else ["app.py"])
+    if given == "variable":
+        monkeypatch.setenv("GRADIO_SERVER_PORT", port)
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --port (or GRADIO_SERVER_PORT) must be a whole number")
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a b", "x" * 300])
+def test_an_impossible_host_is_one_line(monkeypatch, capsys, host):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--host", host])
+    monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
+    monkeypatch.setattr(app, "EXAMPLES", Path("absent"))
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_an_interrupt_closes_the_page_with_one_line_and_status_130(page, monkeypatch, capsys):
+    class Interrupted:
+        def wait(self):
+            raise KeyboardInterrupt
+
+    closed = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", str(port)])
+    monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
+    monkeypatch.setattr(app, "build_app", lambda captioner: page)
+    monkeypatch.setattr(app, "start", lambda page, host, port: "http://somewhere")
+    monkeypatch.setattr(page, "close", lambda verbose: closed.append(page))
+    monkeypatch.setattr(app.threading, "Event", Interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert stopped.value.code == 130
+    shown = capsys.readouterr()
+    assert shown.err == "error: interrupted\n"
+    assert "http://somewhere" in shown.out
+    assert closed == [page]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
 
-from captioner import Captioner, CheckpointError
+from captioner import Captioner, CheckpointError, ConfigError
 from captioner.checkpoint import (
     CARD,
     CONFIG,
@@ -41,6 +41,13 @@ def replace(folder, name, content):
     (folder / name).write_bytes(content)
     description = json.loads((folder / CONFIG).read_text())
     description["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(description))
+
+
+def describe(folder, description):
+    """Write config.json with the checksum that its settings need."""
+    settings = json.dumps(description["model"], sort_keys=True, separators=(",", ":"))
+    description["sha256"]["model"] = hashlib.sha256(settings.encode()).hexdigest()
     (folder / CONFIG).write_text(json.dumps(description))
 
 
@@ -181,7 +188,7 @@ def test_a_flipped_bit_is_named_or_harmless(written, data):
     finally:
         (folder / name).write_bytes(contents[name])
     if fault is None:
-        assert name in (CONFIG, CARD)  # nothing vouches for these: 0.3 may have become 0.2
+        assert name == CARD  # nothing vouches for it
     else:
         assert str(folder) in fault  # a flip in config.json may look like damage of what it vouches for
 
@@ -211,7 +218,7 @@ def test_foreign_json_is_refused(folder, text):
     refused(folder, folder / CONFIG)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, 1.0, 2.0, [1]])
 def test_another_version_is_refused(folder, version):
     description = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(description | {"format_version": version}))
@@ -239,21 +246,58 @@ def test_a_description_without_a_part_is_refused(folder, part, value):
         {"encoder": 5},
         {"preprocessing": {"side_px": 16}},
         {"decoder_settings": {"heads": 3}},
+        {"decoder_settings": {"state_dim": 2**62}},
+        {"vocabulary_size": 10**30},
     ],
     ids=str,
 )
 def test_settings_that_make_no_model_are_refused_naming_the_file(folder, change):
     description = json.loads((folder / CONFIG).read_text())
     description["model"] |= change
-    (folder / CONFIG).write_text(json.dumps(description))
+    describe(folder, description)
     refused(folder, folder / CONFIG)
 
 
 def test_settings_of_another_shape_are_refused_naming_a_weight(folder):
     description = json.loads((folder / CONFIG).read_text())
     description["model"]["decoder_settings"]["state_dim"] = 99
-    (folder / CONFIG).write_text(json.dumps(description))
+    describe(folder, description)
     refused(folder, folder / WEIGHTS, "decoder.attention.query.weight is [10, 12], expected [10, 99]")
+
+
+def test_settings_changed_without_their_checksum_are_refused(folder):
+    description = json.loads((folder / CONFIG).read_text())
+    description["model"]["max_tokens"] -= 1
+    (folder / CONFIG).write_text(json.dumps(description))
+    refused(folder, folder / CONFIG, "changed by hand", "SHA-256")
+    describe(folder, description)
+    assert load_checkpoint(folder).model.config.max_tokens == description["model"]["max_tokens"]
+
+
+def test_settings_laid_out_in_another_way_are_the_same(folder):
+    description = json.loads((folder / CONFIG).read_text())
+    description["model"] = dict(reversed(description["model"].items()))
+    (folder / CONFIG).write_text(json.dumps(description, indent=7))
+    load_checkpoint(folder)
+
+
+def test_a_folder_of_version_1_is_read_without_a_checksum_of_its_settings(folder):
+    expected = load_checkpoint(folder).model.config
+    description = json.loads((folder / CONFIG).read_text())
+    del description["sha256"]["model"]
+    (folder / CONFIG).write_text(json.dumps(description))
+    refused(folder, folder / CONFIG, "SHA-256")  # of version 2
+    (folder / CONFIG).write_text(json.dumps(description | {"format_version": 1}))
+    assert load_checkpoint(folder).model.config == expected
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("Storage size\noverflow"), TypeError("no"), OverflowError("int")])
+def test_what_torch_cannot_build_is_one_line_naming_the_file(folder, monkeypatch, fault):
+    def fail(config):
+        raise fault
+
+    monkeypatch.setattr("captioner.checkpoint.build_model", fail)
+    refused(folder, folder / CONFIG, "no model can be built")
 
 
 def test_a_tokenizer_of_another_size_is_refused(folder):
@@ -299,14 +343,47 @@ def test_a_path_that_is_a_file_is_refused(folder):
     refused(folder / WEIGHTS, folder / WEIGHTS, "is a file")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "", "../x", "a b/c"])
+@pytest.mark.parametrize("source", [5, 2.5, [], b"folder", object], ids=str)
+def test_what_is_no_path_names_no_model(tiny_checkpoint, source):
+    if isinstance(source, bytes):  # a name, if not of text
+        refused(source, "folder")
+        return
+    with pytest.raises(ConfigError, match="path of its folder"):
+        load_checkpoint(source)
+    with pytest.raises(ConfigError, match="path of its folder"):
+        save_checkpoint(tiny_checkpoint("mean"), source)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "user/" + "a" * 300, "a\0b", "user/a\0b", "a\ud800b"])
+def test_an_impossible_name_is_one_short_line(tiny_checkpoint, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    for call in (load_checkpoint, lambda source: save_checkpoint(tiny_checkpoint("mean"), source)):
+        with pytest.raises(CheckpointError) as caught:
+            call(name)
+        assert len(str(caught.value)) < 500
+        assert not set("\n\0") & set(str(caught.value))
+
+
+def test_a_folder_without_permission_is_named(folder, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.stat", fail)
+    refused(folder, folder, "cannot be read: Permission denied")
+
+
+def test_an_empty_name_is_not_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    load_checkpoint(".")
+    refused("", "empty")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "../x", "a b/c"])
 def test_a_folder_that_does_not_exist_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    if name:  # the empty path is the current folder, which holds no model
-        refused(name, name)
-    else:
-        refused(name, CONFIG, "missing")
+    refused(name, name)
     refused(tmp_path / "user" / "name", tmp_path / "user" / "name", "no such folder")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -89,6 +90,22 @@ def test_a_file_name_that_is_no_text_is_captioned_and_its_record_gives_it_back(p
     stdout, stderr = running.communicate()
     assert (running.returncode, stderr) == (0, b"")
     assert json.loads(stdout)["image"] == str(named)
+
+
+UNSAFE = ["new\nline.png", "red\x1b[31m.png", "tab\t.png", "back\x08space.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names cannot be there")
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_file_name_of_control_characters_is_shown_on_one_line_escaped(photo, name):
+    named = photo.rename(photo.with_name(name))
+    for arguments in (["caption", named], ["explain", named, "-o", photo.parent / "figure.png"]):
+        first = run(*arguments).stdout.splitlines()[0]
+        assert first.startswith(f"{photo.parent}{os.sep}{name.encode('unicode_escape').decode()}: ")
+    assert len(run("caption", named, named).stdout.splitlines()) == 2
+    missing = run("caption", f"{named}.lost")
+    assert len(missing.stderr.splitlines()) == 1
+    assert missing.stderr.rstrip("\n").isprintable()
 
 
 # --- Bad pictures among good ones ---
@@ -218,6 +235,37 @@ def test_explain_of_a_bad_photo_has_status_3_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("through", ["the same name", "a link", "another spelling"])
+def test_explain_never_replaces_the_photo_itself(photo, through):
+    content, output = photo.read_bytes(), photo
+    if through == "a link":
+        output = photo.with_name("link.png")
+        output.symlink_to(photo)
+    if through == "another spelling":
+        output = photo.parent / ".." / photo.parent.name / photo.name
+    result = run("explain", photo, "-o", output, "--sentence", "a dog")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is the photo itself" in result.stderr
+    assert photo.read_bytes() == content
+
+
+def test_a_figure_that_fails_leaves_the_one_before_it_and_nothing_else(photo, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    figure = photo.with_name("figure.png")
+    figure.write_bytes(b"before")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    result = run("explain", photo, "-o", figure, "--sentence", "a dog")
+    assert result.exit_code == 1
+    assert "figure.png: the figure cannot be written: No space left" in result.stderr
+    assert figure.read_bytes() == b"before"
+    assert {path.name for path in photo.parent.iterdir()} == {photo.name, figure.name}
+
+
 def test_a_figure_that_cannot_be_written_is_named(photo, tmp_path):
     (tmp_path / "figure.png").mkdir()
     result = run("explain", photo, "-o", tmp_path / "figure.png", "--sentence", "a dog")
@@ -238,6 +286,46 @@ def test_info_tells_the_model_and_its_card(captioner):
     for name in ("captioner", "torch", "device", "decoder", "encoder", "grid", "parameters"):
         assert re.search(rf"^{name} ", text, re.MULTILINE)
     assert captioner.card.strip() in text
+
+
+def test_a_fault_of_another_file_is_not_blamed_on_standard_output(monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    monkeypatch.setattr("captioner.cli._load", fail)
+    result = run("info")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: [Errno 13] Permission denied: 'some/file'\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\tb", ""])
+def test_an_impossible_name_of_a_model_is_one_line(photo, name):
+    result = run("caption", photo, "--model", name)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "standard output" not in result.stderr
+
+
+def test_a_photo_without_a_caption_is_named_and_the_good_ones_captioned(photo, monkeypatch):
+    from captioner.api import Captioner
+
+    encode = Captioner._encode
+    bad = photo.with_name("bad.png")
+    bad.write_bytes(photo.read_bytes())
+
+    def spoil(self, inputs):
+        grid_BPC = encode(self, inputs).clone()
+        for row, item in enumerate(inputs):
+            grid_BPC[row] *= float("nan") if item.name == str(bad) else 1.0
+        return grid_BPC
+
+    monkeypatch.setattr(Captioner, "_encode", spoil)
+    result = run("caption", bad, photo, "--json")
+    assert result.exit_code == 3
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["error"]["type"] == "SearchError"
+    assert second["caption"]
+    assert str(bad) in result.stderr
 
 
 def test_a_model_folder_is_used(tiny_captioner, photo, tmp_path):
@@ -285,6 +373,33 @@ def test_an_interrupt_ends_with_one_line_and_status_130(photo):
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate()
     assert (running.returncode, stderr) == (130, b"error: interrupted\n")
+
+
+def test_an_interrupt_of_the_import_is_one_line_and_status_130(monkeypatch, capsys):
+    import builtins
+
+    from captioner.__main__ import main
+
+    real = builtins.__import__
+
+    def interrupted(name, *arguments, **options):
+        if name == "captioner.cli":
+            raise KeyboardInterrupt
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell closes it in another way there")
+def test_a_closed_standard_output_is_a_fault(photo):
+    command = f"exec {shlex.join([sys.executable, '-m', 'captioner', 'caption', str(photo)])} >&-"
+    done = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: standard output is closed")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes close in another way there")

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner.config import (
+    BEAM_LIMIT,
+    LAYERS_LIMIT,
     METHODS,
+    VOCABULARY_LIMIT,
+    WIDTH_LIMIT,
     WORDS_LIMIT,
     EncoderConfig,
     ModelConfig,
@@ -157,18 +162,18 @@ BOUNDS = [
     (PreprocessingConfig, "std", [(1e-9, 1, 1)], [(0, 1, 1), (-1, 1, 1), (1, 1), (1, 1, float("inf"))]),
     (EncoderConfig, "backbone", ["resnet50"], ["", None, 50]),
     (EncoderConfig, "stride", [16, 32], [8, 0, 64, 32.0, "32", None]),
-    (RecurrentConfig, "embedding_dim", [1], [0, -1, 1.0]),
-    (RecurrentConfig, "state_dim", [1], [0, -1, 1.0]),
-    (RecurrentConfig, "attention_dim", [1], [0, -1, 1.0]),
+    (RecurrentConfig, "embedding_dim", [1, WIDTH_LIMIT], [0, -1, 1.0, WIDTH_LIMIT + 1]),
+    (RecurrentConfig, "state_dim", [1, WIDTH_LIMIT], [0, -1, 1.0, WIDTH_LIMIT + 1]),
+    (RecurrentConfig, "attention_dim", [1, WIDTH_LIMIT], [0, -1, 1.0, 10**30]),
     (RecurrentConfig, "dropout", [0, 0.0, 0.95], [-0.01, 0.96, float("nan"), "0.1", None, False]),
-    (MultiheadConfig, "dim", [8, 256], [0, -8, 8.0, 12]),
-    (MultiheadConfig, "layers", [1], [0, -1, True]),
+    (MultiheadConfig, "dim", [8, WIDTH_LIMIT], [0, -8, 8.0, 12, 2**62]),
+    (MultiheadConfig, "layers", [1, LAYERS_LIMIT], [0, -1, True, LAYERS_LIMIT + 1]),
     (MultiheadConfig, "heads", [1, 256], [0, -1, 3, 512]),
-    (MultiheadConfig, "feedforward_dim", [1], [0, 1.5]),
+    (MultiheadConfig, "feedforward_dim", [1, WIDTH_LIMIT], [0, 1.5, 10**30]),
     (MultiheadConfig, "dropout", [0, 0.95], [-0.01, 0.96, 10**400]),
     (MultiheadConfig, "map_layers", [(), [-3], [0, 2]], [(3,), (-4,), ("0",), 1, "12"]),
     (SearchOptions, "method", ["beam", "greedy", "sample"], ["Beam", "", None, ["beam"]]),
-    (SearchOptions, "beam_size", [1, 1_000_000], [0, -1, 1_000_001, 2.0, True]),
+    (SearchOptions, "beam_size", [1, BEAM_LIMIT], [0, -1, BEAM_LIMIT + 1, 2.0, True]),
     (SearchOptions, "n_best", [1, 3], [0, -1, 1001, 1.0]),
     (SearchOptions, "min_words", [1, 20], [0, -1, 21, 1.0]),
     (SearchOptions, "max_words", [1, WORDS_LIMIT], [0, WORDS_LIMIT + 1, 5.0]),
@@ -183,7 +188,7 @@ BOUNDS = [
     (SearchOptions, "top_p", [1e-9, 1], [0, 1.01, -1, float("nan")]),
     (SearchOptions, "seed", [None, 0, 2**63 - 1], [-1, 2**63, 1.0, "1"]),
     (ModelConfig, "decoder", ["mean", "additive", "multihead"], ["transformer", None, 1]),
-    (ModelConfig, "vocabulary_size", [4], [3, 0, 9.0, "9"]),
+    (ModelConfig, "vocabulary_size", [4, VOCABULARY_LIMIT], [3, 0, 9.0, "9", 10**30]),
     (ModelConfig, "max_tokens", [2, WORDS_LIMIT + 1], [1, WORDS_LIMIT + 2, 9.0]),
     (ModelConfig, "preprocessing", [{}, {"side_px": 64}], [3, "x", [], EncoderConfig()]),
     (ModelConfig, "encoder", [{}, {"stride": 16}], [3, PreprocessingConfig()]),
@@ -238,6 +243,14 @@ def test_settings_of_another_decoder_are_refused():
             ModelConfig(decoder=decoder, vocabulary_size=9, decoder_settings=other)
     with pytest.raises(ConfigError, match="decoder has no setting 'heads'"):
         ModelConfig(decoder="mean", vocabulary_size=9, decoder_settings={"heads": 8})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    chosen = SearchOptions(beam_size=np.int64(4), temperature=np.float32(0.5), seed=np.uint64(3))
+    assert chosen == SearchOptions(beam_size=4, temperature=0.5, seed=3)
+    assert json.loads(json.dumps(chosen.to_dict()))["beam_size"] == 4
+    with pytest.raises(ConfigError, match="beam_size"):
+        SearchOptions(beam_size=np.float64(4))
 
 
 def test_one_phrase_may_be_given_as_a_string():

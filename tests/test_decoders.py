@@ -22,6 +22,7 @@ from models import (
 )
 
 from captioner.decoders import Decoder, MultiheadDecoder
+from captioner.decoders.multihead import CausalSelfAttention
 from captioner.errors import ConfigError
 
 close = torch.testing.assert_close
@@ -363,6 +364,66 @@ def test_captions_that_share_a_picture_give_the_gradient_of_separate_pictures(ki
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4)
+
+
+def _wanted(lengths, steps):
+    return torch.arange(steps) < torch.tensor(lengths)[:, None]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(0, MAX_TOKENS), min_size=6, max_size=6).filter(any),
+    pictures=st.sampled_from([1, 2, 3, 6]),
+    training=st.booleans(),
+)
+def test_logits_at_wanted_positions_equal_forward_there(lengths, pictures, training):
+    decoder = make_decoder("multihead", dropout=0.0).train(training)
+    grid, tokens, wanted = random_grid(pictures), random_tokens(6, MAX_TOKENS), _wanted(lengths, MAX_TOKENS)
+    close(decoder.logits_at(grid, tokens, wanted), decoder(grid, tokens)[0][wanted], **FLOAT32)
+
+
+def test_what_stands_behind_the_wanted_positions_does_not_matter():
+    decoder, grid, wanted = make_decoder("multihead"), random_grid(2), _wanted([1, 4, 7, 0], 7)
+    tokens, others = random_tokens(4, 7), random_tokens(4, 7, seed=5)
+    changed = torch.where(wanted, tokens, others)
+    assert not torch.equal(changed, tokens)
+    assert torch.equal(decoder.logits_at(grid, changed, wanted), decoder.logits_at(grid, tokens, wanted))
+
+
+def test_logits_at_wanted_positions_give_the_gradient_of_forward():
+    decoder = make_decoder("multihead", dropout=0.0).train()
+    grid, tokens, wanted = random_grid(2), random_tokens(6, 7), _wanted([7, 1, 3, 0, 5, 6], 7)
+    weights = torch.randn(int(wanted.sum()), VOCABULARY)
+    parameters = [grid.requires_grad_(), *decoder.parameters()]
+    with torch.enable_grad():
+        whole = torch.autograd.grad((decoder(grid, tokens)[0][wanted] * weights).sum(), parameters)
+        wanted_alone = torch.autograd.grad((decoder.logits_at(grid, tokens, wanted) * weights).sum(), parameters)
+    for one, other in zip(wanted_alone, whole, strict=True):
+        close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_at_no_position_are_none():
+    decoder = make_decoder("multihead")
+    assert decoder.logits_at(random_grid(2), random_tokens(2, 3), _wanted([0, 0], 3)).shape == (0, VOCABULARY)
+
+
+def test_logits_at_more_positions_than_the_limit_are_refused():
+    decoder, steps = make_decoder("multihead"), MAX_TOKENS + 1
+    with pytest.raises(ConfigError, match=f"takes 1 to {MAX_TOKENS} steps, got {steps}"):
+        decoder.logits_at(random_grid(1), random_tokens(1, steps), _wanted([2], steps))
+
+
+def test_self_attention_in_training_drops_each_weight_at_the_given_rate():
+    """Values that are unit vectors make the read the weights themselves; the queries are alike, so all are 1 / T."""
+    attention, steps = CausalSelfAttention(dim=32, heads=1, dropout=0.25).train(), 32
+    alike, units = torch.zeros(50, 1, steps, 32), torch.eye(steps).expand(50, 1, -1, -1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        last = attention.read(alike, alike, units, mask=None)[:, -1]
+    dropped = (last == 0).double()
+    close(last[last != 0], torch.full_like(last[last != 0], 1 / steps / 0.75), rtol=1e-5, atol=0)
+    # Six standard deviations of a binomial.
+    assert abs(dropped.mean() - 0.25) < 6 * (0.25 * 0.75 / dropped.numel()) ** 0.5
 
 
 def test_embeddings_and_output_of_multihead_are_one_matrix():

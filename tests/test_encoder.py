@@ -318,6 +318,24 @@ def test_a_frozen_stage_keeps_its_weights_and_statistics(last_stages, train_firs
         assert torch.equal(norm.running_var, variance) is (index < first)
 
 
+@pytest.mark.parametrize("last_stages", [3, None])
+def test_batch_norms_that_keep_still_do_so_while_their_weights_are_trained(last_stages):
+    encoder = _encoder(TINY).train()
+    encoder.set_trainable(last_stages, batch_norm=False)
+    assert not any(norm.training for _, norm in _norms(encoder.train()))
+    before = [copy.deepcopy(norm.state_dict()) for _, norm in _norms(encoder)]
+    pixels = torch.randn(4, 3, 64, 64) * 3 + 1
+    with torch.enable_grad():
+        encoder(pixels).sum().backward()
+    first = 0 if last_stages is None else len(encoder.stages) - last_stages
+    for (index, norm), kept in zip(_norms(encoder), before, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in norm.state_dict().items())
+        assert (norm.weight.grad is not None) is (index >= first)
+    torch.testing.assert_close(encoder(pixels), encoder.eval()(pixels))  # it has no other part that differs
+    encoder.set_trainable(last_stages)
+    assert all(norm.training is (index >= first) for index, norm in _norms(encoder.train()))
+
+
 def test_a_frozen_encoder_gives_the_same_in_training_and_evaluation():
     encoder, pixels = _encoder("efficientnet_b0"), torch.randn(2, 3, 64, 64)  # it has stochastic depth
     encoder.set_trainable(0)

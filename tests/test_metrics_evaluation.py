@@ -34,10 +34,32 @@ def test_the_card_names_what_the_numbers_rest_on():
     assert card.document_frequencies == "evaluated references"
     assert "3.4.1" in card.tokenizer
     assert "seed 4" in card.interval
-    corpus = DocumentFrequencies.of([[["a"]]], name="corpus of 2014")
-    assert (
-        evaluate(PREDICTIONS, REFERENCES, frequencies=corpus, resamples=2).card.document_frequencies == "corpus of 2014"
-    )
+    assert "CIDEr-D" in card.scorers
+    assert "METEOR" not in card.scorers
+    assert card.source == ""
+    sourced = evaluate(PREDICTIONS, REFERENCES, resamples=2, source="r.jsonl (JSONL)")
+    assert sourced.card.source == "r.jsonl (JSONL)"
+    assert "source               r.jsonl (JSONL)" in sourced.table()
+
+
+def test_a_fixed_corpus_is_named_with_what_tells_it_from_any_other():
+    def named(counts, documents=2):
+        corpus = DocumentFrequencies("corpus of 2014", documents, counts)
+        return evaluate(PREDICTIONS, REFERENCES, frequencies=corpus, resamples=2).card.document_frequencies
+
+    first = named({("a",): 1, ("b",): 2})
+    assert first.startswith("corpus of 2014 (2 pictures, sha256 ")
+    assert first == named({("b",): 2, ("a",): 1})
+    assert len({first, named({("a",): 2, ("b",): 2}), named({("a", "b"): 1}), named({("a",): 1, ("b",): 2}, 3)}) == 4
+
+
+def test_a_fixed_corpus_of_the_references_themselves_changes_nothing(tmp_path):
+    references = {name: [*many, "1 1/2 cups at http://\ud800x"] for name, many in REFERENCES.items()}
+    DocumentFrequencies.of_captions(references, name="own").save(tmp_path / "own.json")
+    corpus = DocumentFrequencies.load(tmp_path / "own.json")
+    fixed = evaluate(PREDICTIONS, references, frequencies=corpus, resamples=2)
+    assert fixed.scores == evaluate(PREDICTIONS, references, resamples=2).scores
+    assert "own (60 pictures" in fixed.card.document_frequencies
 
 
 def test_the_hash_depends_on_captions_and_not_on_the_order_of_pictures():
@@ -54,8 +76,13 @@ def test_everything_is_in_the_table_and_in_the_json():
         content = json.loads(json.dumps(item.to_dict()))
         assert all(metric in item.table() for metric in METRICS)
         assert result.first.card.references_sha256 in item.table()
+    assert "approximate randomisation" in result.first.card.interval
     assert set(content) == {"scores", "intervals", "language", "card"}
     assert content["scores"]["CIDEr-D"] == result.first.scores["CIDEr-D"]
+    for table in (result.table(), result.first.table()):
+        for figure in ("vocabulary", "distinct", "repeated", "unfinished", "length", "longest"):
+            assert figure in table
+    assert f"distinct    {result.first.language.distinct:>7.1%} {1 / 60:>7.1%}" in result.table()
 
 
 @pytest.mark.parametrize(
@@ -66,12 +93,20 @@ def test_everything_is_in_the_table_and_in_the_json():
         ({"z": "x"}, {"a": ["x"]}, r"no prediction \(a\); 1 predictions"),
         ({"a": "x"}, {"a": []}, r"empty list of references \(a\)"),
         ({}, {}, "no pictures"),
-        ({}, {f"{i:02}": ["x"] for i in range(20)}, r"\(00, 01, 02, 03, 04 and 15 more\)"),
+        ({}, {f"{i:02}": ["x"] for i in range(35)}, r"\(00, 01, .*, 18, 19 and 15 more\)"),
     ],
 )
 def test_what_does_not_match_is_listed(predictions, references, fault):
     with pytest.raises(MetricError, match=fault):
         evaluate(predictions, references)
+
+
+def test_of_two_prediction_files_the_one_at_fault_is_named():
+    lacking = dict(list(PREDICTIONS.items())[1:])
+    with pytest.raises(MetricError, match=r"^first predictions: 1 of 60"):
+        compare(lacking, PREDICTIONS, REFERENCES)
+    with pytest.raises(MetricError, match=r"^second predictions: 1 of 60"):
+        compare(PREDICTIONS, lacking, REFERENCES)
 
 
 def test_bad_settings_of_the_intervals_are_named():
@@ -185,8 +220,20 @@ def test_meteor_without_java_says_so(monkeypatch):
         java.meteor([["a"]], [[["a"]]])
 
 
+def test_a_java_that_does_not_run_is_no_java(monkeypatch, tmp_path):
+    stub = tmp_path / "java"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    for mode in (0o755, 0o644):
+        stub.chmod(mode)
+        java._runs.cache_clear()
+        monkeypatch.setattr(shutil, "which", lambda _: str(stub))
+        assert "-version` fails" in java.missing("METEOR")
+    java._runs.cache_clear()
+
+
 def test_meteor_and_spice_without_their_package_or_models_say_so(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/java")
+    monkeypatch.setattr(java, "_runs", lambda _: True)
     monkeypatch.setattr(java.importlib.util, "find_spec", lambda _: None)
     assert "pip install pycocoevalcap" in java.missing("METEOR")
     package = java.importlib.machinery.ModuleSpec("pycocoevalcap", None, is_package=True)
@@ -202,8 +249,17 @@ def test_meteor_equals_the_recorded_value():
     if java.missing("METEOR"):
         pytest.skip(java.missing("METEOR"))
     recorded = json.loads((DATA / "metrics_scores.json").read_text())
-    scores = evaluate(recorded["predictions"], recorded["references"], meteor=True, resamples=2).scores
-    assert scores["METEOR"] / 100 == pytest.approx(recorded["scores"]["METEOR"], abs=1e-9)
+    evaluation = evaluate(recorded["predictions"], recorded["references"], meteor=True, resamples=2)
+    assert evaluation.scores["METEOR"] / 100 == pytest.approx(recorded["scores"]["METEOR"], abs=1e-9)
+    assert "METEOR 1.5" in evaluation.card.scorers
+
+
+def test_meteor_takes_empty_captions_and_its_own_separator():
+    if java.missing("METEOR"):
+        pytest.skip(java.missing("METEOR"))
+    predictions = {"a": "", "b": "a ||| dog", "c": "..."}
+    references = {"a": ["a cat"], "b": ["...", "a dog runs"], "c": ["", "||| !"]}
+    assert evaluate(predictions, references, meteor=True, resamples=2).scores["METEOR"] > 0
 
 
 def test_a_java_program_that_fails_is_an_error_of_ours(monkeypatch):

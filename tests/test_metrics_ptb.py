@@ -6,20 +6,30 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metrics_texts import DATA, PIECES, jar_tokens, lacks_the_jar, texts
+from metrics_texts import (
+    ASCII,
+    DATA,
+    FOUND,
+    PIECES,
+    PIECES_OF,
+    UNICODE,
+    jar_tokens,
+    lacks_the_jar,
+    mutated,
+    random_texts,
+    sentences,
+    texts,
+    words,
+)
 
 from captioner.metrics import ptb, tokenize
 
 RECORDED = json.loads((DATA / "metrics_ptb.json").read_text())
 
 
-def words(tokens):
-    # coco-caption's scorers split at any white space, so that a no-break space inside a token parts it.
-    return " ".join(tokens).split()
-
-
 def test_tokens_equal_the_recorded_ones():
-    assert len(RECORDED) > 400
+    assert len(RECORDED) > 700
+    assert {text for text, _ in RECORDED} > set(FOUND)
     different = [(text, tokens, tokenize(text)) for text, tokens in RECORDED if words(tokenize(text)) != tokens.split()]
     assert not different
 
@@ -27,7 +37,9 @@ def test_tokens_equal_the_recorded_ones():
 def test_tokens_equal_those_of_the_jar():
     if lacks_the_jar():
         pytest.skip(lacks_the_jar())
-    lines = texts(seed=3, count=3000)
+    lines = texts(seed=3, count=1500) + [text for kind in PIECES_OF for text in sentences(kind, seed=3, count=200)]
+    lines += mutated(lines, UNICODE, seed=3, count=500) + mutated(lines, ASCII, seed=3, count=500)
+    lines += random_texts(ASCII, seed=3, count=500) + random_texts(UNICODE, seed=3, count=500)
     different = [
         (line, tokens, tokenize(line))
         for line, tokens in zip(lines, jar_tokens(lines), strict=True)

@@ -162,6 +162,19 @@ def test_fixed_frequencies_are_those_of_their_corpus(pictures, corpus):
             '{"format": "captioner-document-frequencies-1", "name": "x", "documents": 1, "counts": {"a": 2}}',
             "2 of 1 documents",
         ),
+        (
+            '{"format": "captioner-document-frequencies-1", "name": "x", "documents": Infinity, "counts": {}}',
+            "damaged",
+        ),
+        (
+            '{"format": "captioner-document-frequencies-1", "name": "x", "documents": 1, "counts": {"a": -1}}',
+            "-1 of 1 documents",
+        ),
+        (
+            f'{{"format": "captioner-document-frequencies-1", "name": "x", "documents": {"9" * 400}, "counts": {{}}}}',
+            "documents must be 1 to",
+        ),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_frequency_file_is_named(tmp_path, content, fault):

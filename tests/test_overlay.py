@@ -127,6 +127,8 @@ def test_extreme_shapes_make_a_figure_of_sane_size(size_wh_px):
     words = [DrawnWord("word", one_cell(0, 0))] * 6
     figure = draw_words(Image.new("RGB", size_wh_px), words, title="A title.")
     assert all(1 < side_inches < 30 for side_inches in figure.get_size_inches())
+    figure.canvas.draw()
+    assert all(min(axes.get_position().transformed(figure.transFigure).size) > 50 for axes in panels(figure))  # pixels
 
 
 def test_dollar_signs_are_no_mathematics():

@@ -12,7 +12,7 @@ from toy_decoders import END, START, ToyDecoder, Tree, assert_same, brute_force,
 from captioner.config import SearchOptions
 from captioner.search import Phrase, stream
 
-WIDE = 5000
+WIDE = 1000
 
 
 def rank(hypothesis, length_penalty):

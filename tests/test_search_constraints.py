@@ -26,7 +26,7 @@ from captioner.search.automaton import START as START_STATE
 from captioner.search.automaton import build_automaton
 from captioner.search.demands import Demands
 
-WIDE = 5000
+WIDE = 1000
 
 
 def run(decoder, grid_BPC, options, must_include=(), ban=()):

@@ -13,8 +13,11 @@ from captioner.search import SearchVocabulary, search
 @pytest.mark.parametrize("nan_at", [0, 2])
 def test_nan_of_the_model_is_an_error(method, nan_at):
     decoder = ToyDecoder(3, end_bias=-30.0, nan_at=nan_at)
-    with pytest.raises(SearchError, match=rf"the model gave NaN .* word {nan_at + 1} of picture 0"):
+    with pytest.raises(
+        SearchError, match=rf"picture 0 of the batch: the model gave NaN .* word {nan_at + 1};"
+    ) as caught:
         run(decoder, grids(2), SearchOptions(method=method, max_words=5))
+    assert caught.value.picture == 0
 
 
 @pytest.mark.parametrize("method", ["beam", "sample"])
@@ -42,7 +45,7 @@ def test_infinite_scores_of_the_model_are_an_error():
             logits[-1, 5] = torch.inf
             return logits, attention, state
 
-    with pytest.raises(SearchError, match="NaN or infinite scores for word 1 of picture 2"):
+    with pytest.raises(SearchError, match=r"picture 2 .* NaN or infinite scores for word 1;"):
         run(Overflows(3), grids(3), SearchOptions(max_words=5))
 
 

@@ -65,6 +65,32 @@ def test_splitting_the_sentence_of_a_text_changes_nothing(text):
     assert [tokenizer.word(token_id) for token_id in ids] == tokenizer.split(text)
 
 
+@settings(deadline=None, max_examples=50)
+@given(captions=st.lists(st.lists(st.sampled_from(WORDS[:8]), min_size=1).map(" ".join), max_size=6))
+def test_words_are_counted_whether_known_or_not(captions):
+    few = Tokenizer.train(["a man"], min_count=1)
+    assert few.count(captions) == Counter(word for caption in captions for word in few.split(caption))
+
+
+@settings(deadline=None, max_examples=50)
+@given(captions=st.lists(st.lists(st.sampled_from(WORDS), min_size=1).map(" ".join)), min_count=st.integers(1, 3))
+def test_an_extended_vocabulary_keeps_its_ids_and_adds_the_frequent_new_words(captions, min_count):
+    old = Tokenizer.train(["a man a"], min_count=1)
+    new = old.extended(captions, min_count=min_count)
+    assert [new.word(i) for i in _word_ids(old)] == [old.word(i) for i in _word_ids(old)]
+    counts = old.count(captions)
+    added = [new.word(token_id) for token_id in range(old.vocabulary_size, new.vocabulary_size)]
+    wanted = [word for word in counts if counts[word] >= min_count and not old.knows(word)]
+    assert added == sorted(wanted, key=lambda word: (-counts[word], word))
+    assert new.extended(captions, min_count=min_count) is new
+    assert Tokenizer.from_json(new.to_json(), name="x").to_json() == new.to_json()
+
+
+def test_a_vocabulary_is_not_extended_by_words_of_no_occurrence(tokenizer):
+    with pytest.raises(ConfigError, match="min_count must be at least 1, got 0"):
+        tokenizer.extended(["a"], min_count=0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

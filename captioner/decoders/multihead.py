@@ -58,6 +58,35 @@ class MultiheadState:
         )
 
 
+@dataclass(frozen=True)
+class Places:
+    """The positions of N padded sequences of T tokens that a pass is about: all, or those that are no padding.
+
+    What treats each position on its own runs on these R positions; attention needs the sequences, padded.
+
+    Args:
+        rows: N.
+        steps: T.
+        index_R: int64, the places in the N x T positions, row by row; None: all.
+    """
+
+    rows: int
+    steps: int
+    index_R: Tensor | None
+
+    def pad(self, values_RD: Tensor) -> Tensor:
+        """Return [N, T, D], 0 at the other positions."""
+        if self.index_R is not None:
+            padded = values_RD.new_zeros(self.rows * self.steps, values_RD.shape[1])
+            values_RD = padded.index_copy(0, self.index_R, values_RD)
+        return values_RD.reshape(self.rows, self.steps, values_RD.shape[1])
+
+    def pick(self, values_NTD: Tensor) -> Tensor:
+        """Return [R, D]."""
+        values = values_NTD.flatten(0, 1)
+        return values if self.index_R is None else values.index_select(0, self.index_R)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of a sequence over its own past (Vaswani et al. 2017, section 3.2.3).
 
@@ -70,17 +99,18 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, *, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
 
-    def project(self, state_NTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each [N, H, T, D per head]."""
-        split = self.query_key_value(state_NTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def split(self, projected_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each [N, H, T, D per head], of what `query_key_value` gave."""
+        rows_N, steps, width = projected_NTE.shape
+        split = projected_NTE.reshape(rows_N, steps, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         return split[0], split[1], split[2]
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
-        """Attend and project; without a mask, causally.
+        """Attend; without a mask, causally.
 
         Args:
             query: [N, H, T, D per head].
@@ -89,14 +119,27 @@ class CausalSelfAttention(nn.Module):
             mask: bool, True where a key may be seen, or None for a causal mask.
 
         Returns:
-            [N, T, D].
+            [N, T, D], the heads side by side, not yet projected.
         """
-        dropout = self.dropout if self.training else 0.0
-        read = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-        )
-        output_NTD: Tensor = self.output(read.transpose(1, 2).flatten(2))
-        return output_NTD
+        read: Tensor
+        if self.training and query.device.type == "cpu":
+            read = self._read_with_dropout(query, key, value, mask=mask)
+        else:
+            probability = self.dropout.p if self.training else 0.0
+            read = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=probability, is_causal=mask is None
+            )
+        return read.transpose(1, 2).flatten(2)
+
+    def _read_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
+        # With dropout, scaled_dot_product_attention has no kernel for a CPU: it multiplies in float32 and draws a
+        # whole random number for each weight.
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+        weights: Tensor = self.dropout(scores.softmax(dim=-1).to(value.dtype))
+        return weights @ value
 
 
 class Block(nn.Module):
@@ -121,14 +164,15 @@ class Block(nn.Module):
         )
         self.dropout = Dropout(dropout)
 
-    def forward(self, state_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
-        """Run the whole sequence; returns state_NTD and the grid attention weights_NHTP."""
-        query, key, value = self.self_attention.project(self.norm_self(state_NTD))
-        return self._finish(state_NTD, self.self_attention.read(query, key, value, mask=None), memory)
+    def forward(self, state_RD: Tensor, memory: GridMemory, places: Places) -> tuple[Tensor, Tensor]:
+        """Run whole sequences; returns state_RD and the grid attention weights_NHTP, of use at the places alone."""
+        attention = self.self_attention
+        query, key, value = attention.split(places.pad(attention.query_key_value(self.norm_self(state_RD))))
+        return self._finish(state_RD, attention.read(query, key, value, mask=None), memory, places)
 
     def step(
         self,
-        state_N1D: Tensor,
+        state_ND: Tensor,
         memory: GridMemory,
         *,
         keys: Tensor,
@@ -139,7 +183,7 @@ class Block(nn.Module):
         """Run one step and write its key and value into the cache, in place.
 
         Args:
-            state_N1D: the new token.
+            state_ND: the new token.
             memory: of the pictures.
             keys: cache [N, H, T, D per head].
             values: cache, likewise.
@@ -147,20 +191,22 @@ class Block(nn.Module):
             seen: bool [T], True for this token and those before it.
 
         Returns:
-            state_N1D and the grid attention weights_NH1P.
+            state_ND and the grid attention weights_NH1P.
         """
-        query, key, value = self.self_attention.project(self.norm_self(state_N1D))
+        attention, places = self.self_attention, Places(len(state_ND), 1, None)
+        query, key, value = attention.split(attention.query_key_value(self.norm_self(state_ND))[:, None])
         keys.index_copy_(2, position.view(1), key.to(keys.dtype))
         values.index_copy_(2, position.view(1), value.to(values.dtype))
-        read = self.self_attention.read(query, keys.to(query.dtype), values.to(query.dtype), mask=seen)
-        return self._finish(state_N1D, read, memory)
+        read_N1D = attention.read(query, keys.to(query.dtype), values.to(query.dtype), mask=seen)
+        return self._finish(state_ND, read_N1D, memory, places)
 
-    def _finish(self, state_NTD: Tensor, read_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
-        state_NTD = state_NTD + self.dropout(read_NTD)
-        looked_NTD, weights_NHTP = self.grid_attention(self.norm_grid(state_NTD), memory)
-        state_NTD = state_NTD + self.dropout(looked_NTD)
-        state_NTD = state_NTD + self.dropout(self.feedforward(self.norm_feedforward(state_NTD)))
-        return state_NTD, weights_NHTP
+    def _finish(self, state_RD: Tensor, read_NTD: Tensor, memory: GridMemory, places: Places) -> tuple[Tensor, Tensor]:
+        state_RD = state_RD + self.dropout(self.self_attention.output(places.pick(read_NTD)))
+        query_RD = self.grid_attention.query(self.norm_grid(state_RD))
+        looked_NTD, weights_NHTP = self.grid_attention.read(places.pad(query_RD), memory)
+        state_RD = state_RD + self.dropout(self.grid_attention.output(places.pick(looked_NTD)))
+        state_RD = state_RD + self.dropout(self.feedforward(self.norm_feedforward(state_RD)))
+        return state_RD, weights_NHTP
 
 
 class MultiheadDecoder(nn.Module):
@@ -224,11 +270,11 @@ class MultiheadDecoder(nn.Module):
         memory_BPD = self.dropout(self.grid(grid_BPC) + place_PD)
         return tuple(block.grid_attention.remember(memory_BPD) for block in self._layers())
 
-    def _embed(self, tokens_NT: Tensor, position_TD: Tensor) -> Tensor:
+    def _embed(self, tokens_R: Tensor, position_RD: Tensor) -> Tensor:
         # Embeddings start small because they are the output matrix too; sqrt(D) brings them to the scale of
         # the positions' sum with the residual stream (Vaswani et al. 2017, section 3.4).
-        scaled = self.embedding(tokens_NT) * self.embedding.embedding_dim**0.5
-        embedded: Tensor = self.dropout(scaled + position_TD)
+        scaled = self.embedding(tokens_R) * self.embedding.embedding_dim**0.5
+        embedded: Tensor = self.dropout(scaled + position_RD)
         return embedded
 
     def _logits(self, state: Tensor) -> Tensor:
@@ -262,7 +308,7 @@ class MultiheadDecoder(nn.Module):
         steps_left = count_down(state.steps_left)
         position = state.position
         seen = torch.arange(state.keys.shape[3], device=position.device) <= position
-        hidden = self._embed(tokens_B[:, None], self.position.index_select(0, position.view(1)))
+        hidden = self._embed(tokens_B, self.position.index_select(0, position.view(1)))
         attention = []
         for layer, (block, memory) in enumerate(zip(self._layers(), state.memories, strict=True)):
             hidden, weights_NH1P = block.step(
@@ -284,14 +330,39 @@ class MultiheadDecoder(nn.Module):
             memories=state.memories,
             rows=state.rows,
         )
-        return self._logits(hidden[:, 0]), self._summary(attention), after
+        return self._logits(hidden), self._summary(attention), after
 
     def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""
-        steps = checked_steps(tokens_BT.shape[1], limit=self.max_tokens)
-        hidden = self._embed(tokens_BT, self.position[:steps])
+        places = Places(tokens_BT.shape[0], tokens_BT.shape[1], None)
+        hidden_RD, attention = self._run(grid_BPC, tokens_BT, places)
+        return places.pad(self._logits(hidden_RD)), self._summary(attention)
+
+    def logits_at(self, grid_BPC: Tensor, tokens_NT: Tensor, wanted_NT: Tensor) -> Tensor:
+        """Teacher forcing for the loss: what `forward` gives at the wanted positions, at the cost of these alone.
+
+        Args:
+            grid_BPC: features of the grid cells.
+            tokens_NT: int64; as for `forward`.
+            wanted_NT: bool; in each row the first so many, for they alone are seen by the later ones.
+
+        Returns:
+            logits_RV of the wanted positions, row by row: `forward(grid_BPC, tokens_NT)[0][wanted_NT]`.
+
+        Raises:
+            ConfigError: as for `forward`.
+        """
+        index_R = wanted_NT.flatten().nonzero().squeeze(1)
+        places = Places(tokens_NT.shape[0], tokens_NT.shape[1], index_R)
+        return self._logits(self._run(grid_BPC, tokens_NT, places)[0])
+
+    def _run(self, grid_BPC: Tensor, tokens_NT: Tensor, places: Places) -> tuple[Tensor, list[Tensor]]:
+        """Run all blocks; returns hidden_RD and per layer the grid attention weights_NHTP."""
+        steps = checked_steps(places.steps, limit=self.max_tokens)
+        position_NTD = self.position[:steps].expand(places.rows, -1, -1)
+        hidden_RD = self._embed(places.pick(tokens_NT[:, :, None])[:, 0], places.pick(position_NTD))
         attention = []
         for block, memory in zip(self._layers(), self._remember(grid_BPC), strict=True):
-            hidden, weights_NHTP = block(hidden, memory)
+            hidden_RD, weights_NHTP = block(hidden_RD, memory, places)
             attention.append(weights_NHTP)
-        return self._logits(hidden), self._summary(attention)
+        return hidden_RD, attention

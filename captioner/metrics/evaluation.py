@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ Floats = NDArray[np.float64]
 # All scores are printed x100: coco-caption's CIDEr 0.476 is 47.6 here, its BLEU 0.233 is 23.3.
 PERCENT = 100.0
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
+SCORERS = "BLEU, ROUGE-L and CIDEr-D as in coco-caption, x100"
+_PAIRED = "; differences paired, p by approximate randomisation"
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,25 @@ class ProtocolCard:
     """How the numbers came about; two numbers may be compared if their cards are equal.
 
     Attributes:
+        scorers: the definitions and programs behind the scores, and their scale.
         tokenizer: that split predictions and references.
-        document_frequencies: the corpus of CIDEr-D's document frequencies.
+        document_frequencies: the corpus of CIDEr-D's document frequencies; a fixed one with its size and hash.
         pictures: in the set.
         references: captions they were compared with, all together.
         references_sha256: of the pictures' names and reference captions, in the order of the names.
         interval: how the intervals were made.
+        source: where the references come from, if that was told; alone of all it may differ between numbers
+            that are compared, since the hash tells the same references apart from others.
     """
 
+    scorers: str
     tokenizer: str
     document_frequencies: str
     pictures: int
     references: int
     references_sha256: str
     interval: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,8 @@ class Evaluation:
             interval = self.intervals.get(name)
             span = "" if interval is None else f"  [{interval.low:.1f}, {interval.high:.1f}]"
             lines.append(f"{name:<8} {score:6.1f}{span}")
-        words = self.language
-        lines += [
-            "",
-            f"vocabulary  {words.vocabulary} words",
-            f"distinct    {words.distinct:.1%} of the captions",
-            f"repeated    {words.repeated:.1%} say a phrase twice",
-            f"unfinished  {words.unfinished:.1%} break off",
-            f"length      {words.mean_words:.1f} words, longest {words.longest_words}",
-            "",
-            *_card_lines(self.card),
-        ]
-        return "\n".join(lines)
+        figures = [f"{name:<11} {value} {meaning}" for name, value, meaning in _figures(self.language)]
+        return "\n".join([*lines, "", *figures, "", *_card_lines(self.card)])
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,16 @@ class Comparison:
         Returns:
             Lines, without a last line break.
         """
-        lines = [f"{'':<8} {'first':>6} {'second':>6}  difference"]
+        lines = [f"{'':<11} {'first':>7} {'second':>7}  difference"]
         for name, value in self.first.scores.items():
-            row = f"{name:<8} {value:6.1f} {self.second.scores[name]:6.1f}"
+            row = f"{name:<11} {value:7.1f} {self.second.scores[name]:7.1f}"
             if name in self.differences:
                 d = self.differences[name]
                 row += f"  {d.value:+.1f} [{d.interval.low:+.1f}, {d.interval.high:+.1f}], p = {d.p_value:.3g}"
             lines.append(row)
-        return "\n".join([*lines, "", *_card_lines(self.first.card)])
+        both = zip(_figures(self.first.language), _figures(self.second.language), strict=True)
+        figures = [f"{name:<11} {value:>7} {other:>7}  {meaning}" for (name, value, meaning), (_, other, _) in both]
+        return "\n".join([*lines, "", *figures, "", *_card_lines(self.first.card)])
 
 
 def evaluate(
@@ -145,6 +144,7 @@ def evaluate(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    source: str = "",
 ) -> Evaluation:
     """Score captions against references.
 
@@ -158,6 +158,7 @@ def evaluate(
         resamples: of the bootstrap over pictures.
         confidence: of the intervals.
         seed: of the bootstrap.
+        source: of the references, for the card; `References.source` of a file that was read.
 
     Returns:
         The scores.
@@ -166,9 +167,9 @@ def evaluate(
         MetricError: a picture has a prediction but no references or the reverse; or METEOR or SPICE cannot
             run.
     """
-    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed)
+    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed, source)
     truth = _Truth.of(references, settings)
-    return _evaluate(_tokenise(predictions, truth), truth, settings)
+    return _evaluate(_tokenise(predictions, truth, "predictions"), truth, settings)
 
 
 def compare(
@@ -182,6 +183,7 @@ def compare(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    source: str = "",
 ) -> Comparison:
     """Compare two sets of predictions for the same pictures.
 
@@ -195,6 +197,7 @@ def compare(
         resamples: of the paired bootstrap and of the randomisation.
         confidence: of the intervals.
         seed: of both.
+        source: as in `evaluate`.
 
     Returns:
         Both evaluations and their differences.
@@ -202,9 +205,10 @@ def compare(
     Raises:
         MetricError: as in `evaluate`.
     """
-    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed)
+    settings = _Settings(frequencies, meteor, spice, resamples, confidence, seed, source)
     truth = _Truth.of(references, settings)
-    tokens_a, tokens_b = _tokenise(first, truth), _tokenise(second, truth)
+    truth = replace(truth, card=replace(truth.card, interval=truth.card.interval + _PAIRED))
+    tokens_a, tokens_b = _tokenise(first, truth, "first predictions"), _tokenise(second, truth, "second predictions")
     differences = compare_paired(
         truth.statistics(tokens_a),
         truth.statistics(tokens_b),
@@ -240,6 +244,7 @@ class _Settings(NamedTuple):
     resamples: int
     confidence: float
     seed: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -253,8 +258,9 @@ class _Truth:
 
     @classmethod
     def of(cls, references: Mapping[str, Sequence[str]], settings: _Settings) -> _Truth:
-        for metric, wanted in (("METEOR", settings.meteor), ("SPICE", settings.spice)):
-            lack = java.missing(metric) if wanted else None
+        wanted = [metric for metric, on in (("METEOR", settings.meteor), ("SPICE", settings.spice)) if on]
+        for metric in wanted:
+            lack = java.missing(metric)
             if lack is not None:
                 raise MetricError(f"{metric} cannot run: {lack}")
         bare = [name for name in references if not references[name]]
@@ -265,13 +271,15 @@ class _Truth:
         names = sorted(references)
         tokens = [[ptb.tokenize(caption) for caption in references[name]] for name in names]
         card = ProtocolCard(
+            scorers="; ".join([SCORERS, *(java.PROGRAMS[metric] for metric in wanted)]),
             tokenizer=ptb.NAME,
-            document_frequencies=settings.frequencies.name if settings.frequencies else "evaluated references",
+            document_frequencies=settings.frequencies.describe() if settings.frequencies else "evaluated references",
             pictures=len(names),
             references=sum(map(len, tokens)),
             references_sha256=hash_references(references),
             interval=f"{settings.confidence:.0%}, bootstrap over pictures, {settings.resamples} resamples, "
             f"seed {settings.seed}",
+            source=settings.source,
         )
         cider = CiderD([_words(sentences) for sentences in tokens], frequencies=settings.frequencies)
         return cls(names, tokens, cider, card)
@@ -290,7 +298,7 @@ def _words(tokens: Sequence[Sequence[str]]) -> list[list[str]]:
     return [" ".join(sentence).split() for sentence in tokens]
 
 
-def _tokenise(predictions: Mapping[str, str], truth: _Truth) -> list[list[str]]:
+def _tokenise(predictions: Mapping[str, str], truth: _Truth, whose: str) -> list[list[str]]:
     known = set(truth.names)
     missing = [name for name in truth.names if name not in predictions]
     extra = [name for name in predictions if name not in known]
@@ -300,7 +308,7 @@ def _tokenise(predictions: Mapping[str, str], truth: _Truth) -> list[list[str]]:
     if extra:
         faults.append(f"{len(extra)} predictions are of pictures without references ({listed(extra)})")
     if faults:
-        raise MetricError(f"{'; '.join(faults)}; predict exactly the pictures of the references")
+        raise MetricError(f"{whose}: {'; '.join(faults)}; predict exactly the pictures of the references")
     return [ptb.tokenize(predictions[name]) for name in truth.names]
 
 
@@ -328,4 +336,15 @@ def _score_sums(sums_RK: Floats) -> Floats:
 
 
 def _card_lines(card: ProtocolCard) -> list[str]:
-    return [f"{name.replace('_', ' '):<20} {value}" for name, value in asdict(card).items()]
+    return [f"{name.replace('_', ' '):<20} {value}" for name, value in asdict(card).items() if value != ""]
+
+
+def _figures(words: Language) -> list[tuple[str, str, str]]:
+    return [
+        ("vocabulary", f"{words.vocabulary}", "words"),
+        ("distinct", f"{words.distinct:.1%}", "of the captions"),
+        ("repeated", f"{words.repeated:.1%}", "say a phrase twice"),
+        ("unfinished", f"{words.unfinished:.1%}", "break off"),
+        ("length", f"{words.mean_words:.1f}", "words on average"),
+        ("longest", f"{words.longest_words}", "words"),
+    ]

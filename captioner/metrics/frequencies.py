@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from captioner.errors import MetricError
+from captioner.metrics import ptb
 
 MAX_ORDER = 4
+# Whole numbers up to here are exact in double precision.
+_MOST_DOCUMENTS = 2**53
 
 _FORMAT = "captioner-document-frequencies-1"
 
@@ -31,13 +35,15 @@ class DocumentFrequencies:
     counts: Mapping[tuple[Hashable, ...], int]
 
     def __post_init__(self) -> None:
-        if self.documents < 1:
-            raise MetricError(f"document frequencies {self.name!r}: documents must be at least 1, got {self.documents}")
-        most = max(self.counts.values(), default=0)
-        if most > self.documents:
+        if not 1 <= self.documents <= _MOST_DOCUMENTS:
             raise MetricError(
-                f"document frequencies {self.name!r}: an n-gram is in {most} of {self.documents} documents"
+                f"document frequencies {self.name!r}: documents must be 1 to {_MOST_DOCUMENTS}, got {self.documents}"
             )
+        for count in (min(self.counts.values(), default=0), max(self.counts.values(), default=0)):
+            if not 0 <= count <= self.documents:
+                raise MetricError(
+                    f"document frequencies {self.name!r}: an n-gram is in {count} of {self.documents} documents"
+                )
 
     @classmethod
     def of(cls, references: Iterable[Sequence[Sequence[Hashable]]], *, name: str) -> DocumentFrequencies:
@@ -56,6 +62,34 @@ class DocumentFrequencies:
             documents += 1
             counts.update({gram for tokens in sentences for gram in _ngrams(tokens)})
         return cls(name, documents, dict(counts))
+
+    @classmethod
+    def of_captions(cls, references: Mapping[str, Sequence[str]], *, name: str) -> DocumentFrequencies:
+        """Count a corpus of untokenised captions, as `evaluate` would tokenise them.
+
+        Args:
+            references: the reference captions by picture, such as `read_references(path).captions`.
+            name: what the protocol card shall call the corpus.
+
+        Returns:
+            The frequencies.
+
+        Raises:
+            MetricError: no pictures.
+        """
+        # Like coco-caption's scorers, at any white space: "1\u00a01/2" is two words.
+        tokens = ([" ".join(ptb.tokenize(caption)).split() for caption in many] for many in references.values())
+        return cls.of(tokens, name=name)
+
+    def describe(self) -> str:
+        """Return what tells this corpus from any other, for the protocol card.
+
+        Returns:
+            Its name, its size and the start of a hash of all counts.
+        """
+        lines = sorted(f"{' '.join(map(str, gram))}\t{n}\n" for gram, n in self.counts.items())
+        digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+        return f"{self.name} ({self.documents} pictures, sha256 {digest[:16]})"
 
     def save(self, path: Path | str) -> None:
         """Write the frequencies as JSON.
@@ -78,7 +112,7 @@ class DocumentFrequencies:
             "counts": {" ".join(map(str, gram)): n for gram, n in self.counts.items()},
         }
         try:
-            Path(path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
         except OSError as err:
             raise MetricError(f"{path}: cannot be written: {err.strerror}; choose another place") from err
 
@@ -99,14 +133,14 @@ class DocumentFrequencies:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as err:
             raise MetricError(f"{path}: cannot be read: {err.strerror}; give a document-frequency file") from err
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise MetricError(f"{path}: not JSON: {err}; write it anew with DocumentFrequencies.save") from err
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise MetricError(f'{path}: no document-frequency file; expected "format": "{_FORMAT}"')
         try:
             counts = {tuple(gram.split(" ")): int(n) for gram, n in content["counts"].items()}
             return cls(str(content["name"]), int(content["documents"]), counts)
-        except (KeyError, AttributeError, TypeError, ValueError) as err:
+        except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as err:
             raise MetricError(f"{path}: damaged document-frequency file ({err!r}); write it anew") from err
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from captioner.errors import MetricError
 
 Tokens = Sequence[str]
+
+# What the protocol card calls the programs.
+PROGRAMS = {"METEOR": "METEOR 1.5 of pycocoevalcap", "SPICE": "SPICE 1.0 of pycocoevalcap"}
 
 _PACKAGE = "pycocoevalcap"
 _NEEDED = {
@@ -33,8 +38,11 @@ def missing(metric: str) -> str | None:
     Returns:
         What is missing and how to get it; None if the metric can run.
     """
-    if shutil.which("java") is None:
+    program = shutil.which("java")
+    if program is None:
         return "no java on the PATH; install a Java runtime"
+    if not _runs(program):
+        return f"`{program} -version` fails; install a Java runtime"
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return f"the package {_PACKAGE} is not installed; pip install {_PACKAGE}"
@@ -44,6 +52,16 @@ def missing(metric: str) -> str | None:
             remedy = "fetch Stanford CoreNLP 3.6.0 with its models" if metric == "SPICE" else f"reinstall {_PACKAGE}"
             return f"{folder / name} is missing; {remedy} (nothing is downloaded on its own)"
     return None
+
+
+@cache
+def _runs(program: str) -> bool:
+    # On a Mac without Java there is a program of that name, which only says that there is none.
+    try:
+        done = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def meteor(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:

@@ -220,7 +220,8 @@ def _compounds() -> _Table:
     part = f"(?:[dDoOlL]{p.ANY_APOSTROPHE}{a})?{a}+"
     thing = f"{part}(?:[-_\u058a\u2010\u2011]{part})*"
     hyphenated = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
-    capitals = "[A-Z]+(?:(?:[+&]|(?i:&amp;))[A-Z]+)+"
+    # The entity first: its own letters would go on as capitals, and "S&AMP;LS" would end before the ";".
+    capitals = "[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"
     return [
         (rf"({hyphenated}\.){p.AFTER_DOT}", _without_soft_hyphens),
         (hyphenated, _without_soft_hyphens),

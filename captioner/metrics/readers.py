@@ -15,7 +15,7 @@ from typing import Any
 
 from captioner.errors import MetricError
 
-_SHOWN = 5
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def read_predictions(path: Path | str, references: References) -> dict[str, str]
         MetricError: the file is unreadable or damaged, a picture comes twice, or a record holds an error
             instead of a caption.
     """
-    text = _read(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        records = [(f"{path}: entry {i}", r, "image_id") for i, r in enumerate(_json(path, text), start=1)]
+        records = [(f"{path}: entry {i}", r, "image_id") for i, r in enumerate(read_json(path, text), start=1)]
     else:
-        records = [(f"{path}:{line}", r, "image") for line, r in _jsonl(path, text)]
+        records = [(f"{path}:{line}", r, "image") for line, r in read_jsonl(path, text)]
     captions: dict[str, str] = {}
     twice: list[str] = []
     failed: list[str] = []
@@ -119,13 +119,13 @@ def read_references(path: Path | str, *, split: str | None = None, only: Path | 
         MetricError: the file is unreadable, damaged or of no known format, the split or a picture of `only`
             is not in it, or nothing is left.
     """
-    text = _read(path)
+    text = read_text(path)
     if not text.lstrip().startswith("{"):
-        found, kind = _flickr(path, text), "Flickr8k token file"
+        found, kind = flickr_references(path, text), "Flickr8k token file"
     elif (whole := _whole_object(path, text)) is None:
         found, kind = _reference_lines(path, text), "JSONL"
     elif "annotations" in whole:
-        found, kind = _coco(path, whole), "COCO captions"
+        found, kind = coco_references(path, whole), "COCO captions"
     else:
         split = "test" if split is None else split
         found, kind = _karpathy(path, whole, split), f"Karpathy JSON, split {split}"
@@ -134,7 +134,7 @@ def read_references(path: Path | str, *, split: str | None = None, only: Path | 
     source = f"{Path(path).name} ({kind})"
     captions = dict(found.captions)
     if only is not None:
-        names = [line.strip() for line in _read(only).splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(only).splitlines() if line.strip()]
         unknown = [name for name in names if name not in captions]
         if unknown:
             raise MetricError(
@@ -147,7 +147,18 @@ def read_references(path: Path | str, *, split: str | None = None, only: Path | 
     return References(captions, found.names_by_id, source)
 
 
-def _read(path: Path | str) -> str:
+def read_text(path: Path | str) -> str:
+    """Read a text file.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+
+    Returns:
+        Its text.
+
+    Raises:
+        MetricError: the file is missing, unreadable or not UTF-8.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as err:
@@ -156,7 +167,19 @@ def _read(path: Path | str) -> str:
         raise MetricError(f"{path}: not UTF-8 text at byte {err.start}; save it as UTF-8") from err
 
 
-def _json(path: Path | str, text: str) -> Any:
+def read_json(path: Path | str, text: str) -> Any:
+    """Parse the text of a JSON file.
+
+    Args:
+        path: names the file in the error.
+        text: its content.
+
+    Returns:
+        The value.
+
+    Raises:
+        MetricError: not JSON, with the line.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as err:
@@ -164,7 +187,19 @@ def _json(path: Path | str, text: str) -> Any:
         raise MetricError(f"{path}:{line}: not JSON: {getattr(err, 'msg', err)}; correct this line") from err
 
 
-def _jsonl(path: Path | str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path | str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parse the text of a file with one JSON object per line; blank lines are passed over.
+
+    Args:
+        path: names the file in errors.
+        text: its content.
+
+    Yields:
+        The number of each line, from 1, and its object.
+
+    Raises:
+        MetricError: a line is not a JSON object.
+    """
     # Not str.splitlines: it would also split at U+2028 and others, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -185,7 +220,7 @@ def _whole_object(path: Path | str, text: str) -> dict[str, Any] | None:
         record = json.loads(first)
     except (ValueError, RecursionError):
         # The first line is no object of its own: an indented file, or a damaged one.
-        content = _json(path, text)
+        content = read_json(path, text)
         return content if isinstance(content, dict) else None
     is_line = bool(rest) or (isinstance(record, dict) and "image" in record)
     return None if is_line else record
@@ -220,7 +255,7 @@ def _add(captions: dict[str, list[str]], where: str, name: str, sentences: list[
 
 def _reference_lines(path: Path | str, text: str) -> References:
     captions: dict[str, list[str]] = {}
-    for line, record in _jsonl(path, text):
+    for line, record in read_jsonl(path, text):
         where = f"{path}:{line}"
         sentences = _list(where, record, "captions")
         if not all(isinstance(s, str) for s in sentences):
@@ -229,7 +264,19 @@ def _reference_lines(path: Path | str, text: str) -> References:
     return References(captions)
 
 
-def _flickr(path: Path | str, text: str) -> References:
+def flickr_references(path: Path | str, text: str) -> References:
+    """Parse the text of a Flickr8k or Flickr30k token file (Hodosh et al. 2013).
+
+    Args:
+        path: names the file in errors.
+        text: lines `NAME.jpg#N<TAB>caption`.
+
+    Returns:
+        The captions by file name, in the order of the file.
+
+    Raises:
+        MetricError: a line is malformed.
+    """
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -245,11 +292,26 @@ def _flickr(path: Path | str, text: str) -> References:
     return References(captions)
 
 
-def _coco(path: Path | str, content: dict[str, Any]) -> References:
+def coco_references(path: Path | str, content: dict[str, Any]) -> References:
+    """Read COCO captions (Chen et al. 2015).
+
+    Args:
+        path: names the file in errors.
+        content: its object, with "images" and "annotations".
+
+    Returns:
+        The captions by file name, and the file names by id; a picture that "images" does not name is called by
+        its id.
+
+    Raises:
+        MetricError: an entry is malformed, or an id names two files.
+    """
     names: dict[str, str] = {}
-    for i, image in enumerate(content.get("images", []), start=1):
+    for i, image in enumerate(_list(str(path), content, "images") if content.get("images") else (), start=1):
         where = f"{path}: image {i}"
-        names[_name(where, image, "id")] = _name(where, image, "file_name")
+        number, name = _name(where, image, "id"), _name(where, image, "file_name")
+        if names.setdefault(number, name) != name:
+            raise MetricError(f"{where}: id {number} is of two files, {names[number]} and {name}; give each its own")
     captions: dict[str, list[str]] = {}
     for i, record in enumerate(_list(str(path), content, "annotations"), start=1):
         where = f"{path}: annotation {i}"
@@ -258,21 +320,61 @@ def _coco(path: Path | str, content: dict[str, Any]) -> References:
     return References(captions, names)
 
 
+@dataclass(frozen=True)
+class KarpathyImage:
+    """One picture of a Karpathy JSON.
+
+    Attributes:
+        name: file name.
+        folder: "filepath", the folder of the file, as COCO has it; empty where the data set has one folder.
+        split: "train", "restval", "val" or "test".
+        captions: sentences as written.
+        number: "cocoid" or "imgid", as text; empty where there is neither.
+    """
+
+    name: str
+    folder: str
+    split: str
+    captions: tuple[str, ...]
+    number: str
+
+
+def karpathy_images(path: Path | str, content: Any) -> Iterator[KarpathyImage]:
+    """Read the pictures of a Karpathy JSON (Karpathy and Fei-Fei 2015), of all splits.
+
+    Args:
+        path: names the file in errors.
+        content: its object, with "images".
+
+    Yields:
+        The pictures in the order of the file.
+
+    Raises:
+        MetricError: an entry is malformed.
+    """
+    for i, image in enumerate(_list(str(path), content, "images"), start=1):
+        where = f"{path}: image {i}"
+        name = _name(where, image, "filename")
+        number = next((_name(where, image, key) for key in ("cocoid", "imgid") if key in image), "")
+        yield KarpathyImage(
+            name=name,
+            folder=_text(where, image, "filepath") if "filepath" in image else "",
+            split=_text(where, image, "split"),
+            captions=tuple(_text(where, sentence, "raw") for sentence in _list(where, image, "sentences")),
+            number=number,
+        )
+
+
 def _karpathy(path: Path | str, content: dict[str, Any], split: str) -> References:
     captions: dict[str, list[str]] = {}
     names: dict[str, str] = {}
     splits: dict[str, None] = {}
-    for i, image in enumerate(_list(str(path), content, "images"), start=1):
-        where = f"{path}: image {i}"
-        splits[_text(where, image, "split")] = None
-        if image["split"] != split:
-            continue
-        name = _name(where, image, "filename")
-        _add(captions, where, name, [_text(where, s, "raw") for s in _list(where, image, "sentences")])
-        for key in ("cocoid", "imgid"):
-            if key in image:
-                names[_name(where, image, key)] = name
-                break
+    for image in karpathy_images(path, content):
+        splits[image.split] = None
+        if image.split == split:
+            _add(captions, str(path), image.name, list(image.captions))
+            if image.number:
+                names[image.number] = image.name
     if split not in splits:
         raise MetricError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
     return References(captions, names)

@@ -49,7 +49,7 @@ class BeamMethod:
         self._ended_BL = torch.zeros(pictures, self._lanes, dtype=torch.int64, device=device)
         # One caption may end once in each group: so many ended ones hold at least n_best different ones.
         enough = (options.n_best - 1) * groups + 1
-        self._best_BE = torch.full((pictures, enough), -torch.inf, device=device)
+        self._best_BE = torch.full((pictures, enough), -torch.inf, dtype=torch.float32, device=device)
 
     def choose(self, log_probs_NV: Tensor, rows: Rows) -> Choice:
         """Take the best candidates of every lane; see `Method.choose`."""
@@ -70,7 +70,7 @@ class BeamMethod:
             index.append(index_BJ)
             valid.append((best_BJ > -torch.inf) & (rank_J < free_B1))
             if self._penalty:
-                penalty_BV.scatter_add_(1, token_BM.gather(1, index_BJ), valid[-1] * self._penalty)
+                penalty_BV.scatter_add_(1, token_BM.gather(1, index_BJ), valid[-1].to(penalty_BV.dtype) * self._penalty)
         index_BJ = torch.cat(index, dim=1)
         lane_J = torch.arange(self._lanes, device=index_BJ.device).repeat_interleave(width)
         return Choice(

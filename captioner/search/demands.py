@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from captioner.config import WORDS_LIMIT
 from captioner.search.hypothesis import Phrase
 
+_NAMED = 5
+
+
+def _named(option: str, phrases: tuple[Phrase, ...]) -> list[str]:
+    """Return how the user named each phrase, of many the first ones."""
+    names = [f"{option} {phrase.text!r}" for phrase in phrases[:_NAMED]]
+    return names + [f"{len(phrases) - _NAMED} more of {option}"] * (len(phrases) > _NAMED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
@@ -28,8 +36,7 @@ class Demands:
 
     def __str__(self) -> str:
         """Name what is asked as the user named it, such as "ban 'dog' and max_words=9"."""
-        names = [f"must_include {phrase.text!r}" for phrase in self.must_include]
-        names += [f"ban {phrase.text!r}" for phrase in self.ban]
+        names = _named("must_include", self.must_include) + _named("ban", self.ban)
         if self.no_repeat_ngram:
             names.append(f"no_repeat_ngram={self.no_repeat_ngram}")
         if self.min_words > 1:

@@ -180,5 +180,6 @@ def _require_endings(of_picture: Sequence[Sized], demands: Demands, options: Sea
             wider = f"; raise beam_size={options.beam_size}" if options.method == "beam" else "; use method='beam'"
             raise SearchError(
                 f"picture {picture} of the batch: every caption in the search ran out of words before it met "
-                f"{demands}{wider}, or drop or change one of them"
+                f"{demands}{wider}, or drop or change one of them",
+                picture=picture,
             )

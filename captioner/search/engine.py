@@ -125,7 +125,7 @@ class Engine:
         self.rows = Rows(
             picture_B=torch.arange(pictures, device=device),
             alive_BW=torch.ones(pictures, 1, dtype=torch.bool, device=device),
-            sum_BW=torch.zeros(pictures, 1, device=device),
+            sum_BW=torch.zeros(pictures, 1, dtype=torch.float32, device=device),
             lane_BW=torch.full((pictures, 1), -1, device=device),
             token_N=torch.full((pictures,), vocabulary.start_id, device=device),
             progress=constraints.start(pictures),
@@ -162,8 +162,9 @@ class Engine:
         if any(broken):
             picture = int(rows.picture_B[broken.index(1)])
             raise SearchError(
-                f"the model gave NaN or infinite scores for word {rows.words + 1} of picture {picture} of "
-                "the batch; its weights or the picture's features are damaged"
+                f"picture {picture} of the batch: the model gave NaN or infinite scores for word {rows.words + 1}; "
+                "its weights or the picture's features are damaged",
+                picture=picture,
             )
         self._go_on(choice, counts, parent_BJ=parent_BJ, log_prob_BJ=log_prob_BJ, sum_BJ=sum_BJ, open_BJ=open_BJ)
 

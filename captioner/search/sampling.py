@@ -50,7 +50,7 @@ class SampleMethod:
         if self._generator is None:
             return _gumbel(torch.empty_like(like_BJV, memory_format=torch.contiguous_format))
         # Drawn on the CPU, for the same numbers on every device, and for all samples, however many are open.
-        noise_LV = _gumbel(torch.empty(self._options.n_best, like_BJV.shape[2]), self._generator)
+        noise_LV = _gumbel(torch.empty(self._options.n_best, like_BJV.shape[2], dtype=torch.float32), self._generator)
         return noise_LV[: like_BJV.shape[1]].to(like_BJV.device)
 
     def settle(self, choice: Choice, *, ends_BJ: Tensor, sum_BJ: Tensor, words: int) -> Tensor:
