@@ -7,35 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from lightning.pytorch.cli import LightningCLI
-
-from captioner.errors import CaptionerError
-from training import export
-from training.data import Flickr8kDataModule
-from training.module import CaptionModule
-
-
-def main() -> int:
-    """Run the command line.
-
-    Returns:
-        The exit status: 0 all well, 1 failed with a message of ours on standard error.
-    """
-    try:
-        if sys.argv[1:2] == ["export"]:
-            return export.main(sys.argv[2:])
-        LightningCLI(
-            CaptionModule,
-            Flickr8kDataModule,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-        )
-    except CaptionerError as err:
-        print(f"error: {err}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
-
+from training.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

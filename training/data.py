@@ -1,152 +1,137 @@
-"""Captioned photos: reading a data set, and batches in which all captions of a picture share one encoder pass.
+"""Captioned photos for Lightning: data sets over files, features and tar shards, and the data module that joins them.
 
-Shapes: B pictures of a batch, R captions of each, T tokens of the longest caption.
+Shapes: R captions of a picture in a batch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from captioner.config import PreprocessingConfig
-from captioner.errors import ConfigError, DataError
+from captioner.checkpoint import load_checkpoint
+from captioner.config import ModelConfig, PreprocessingConfig
+from captioner.encoder import Encoder
+from captioner.errors import ConfigError, DataError, ImageError
 from captioner.images import open_picture
 from captioner.preprocessing import to_pixels
 from captioner.tokenizer import Tokenizer
 from training.augmentation import Augmentation, augment, mirror_allowed
+from training.batches import (
+    Batch,
+    Item,
+    ItemKey,
+    LengthBatchSampler,
+    choose_captions,
+    collate,
+    stateless_random,
+)
+from training.features import FeatureStore, prepare_features
+from training.shards import StreamedPicture, find_shards, read_captions, stream_samples
+from training.sources import SHUFFLE_BUFFER, BadPicture, CaptionedPicture, DataSource, data_hash, read_source
 
-SPLITS = {"train": "Flickr_8k.trainImages.txt", "dev": "Flickr_8k.devImages.txt"}
-
-
-@dataclass(frozen=True)
-class CaptionedPicture:
-    """A photo and its reference captions.
-
-    Args:
-        name: file name, the key of the picture in every list.
-        path: of the file.
-        captions: reference captions, as written.
-    """
-
-    name: str
-    path: Path
-    captions: tuple[str, ...]
+Where = Callable[[int], tuple[int, int]]
 
 
-def read_flickr8k(root: Path, split: str) -> list[CaptionedPicture]:
-    """Read one split of Flickr8k in its original files (Hodosh et al. 2013).
-
-    Args:
-        root: folder with `Images/`, `Flickr8k.token.txt` and the lists of names.
-        split: "train" or "dev".
-
-    Returns:
-        The pictures in the order of the list.
-
-    Raises:
-        ConfigError: for an unknown split.
-        DataError: when a file is missing, a line is malformed, or a picture has no caption or no file.
-    """
-    if split not in SPLITS:
-        raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(_lines(root / "Flickr8k.token.txt"), start=1):
-        key, tab, caption = line.partition("\t")
-        name, mark, _ = key.rpartition("#")
-        if not tab or not mark:
-            raise DataError(
-                f"{root / 'Flickr8k.token.txt'}, line {number}: expected NAME.jpg#K<TAB>caption, got {line!r}"
-            )
-        captions.setdefault(name, []).append(caption)
-    names = [line.strip() for line in _lines(root / SPLITS[split]) if line.strip()]
-    pictures = [CaptionedPicture(name, root / "Images" / name, tuple(captions.get(name, ()))) for name in names]
-    _refuse([p.name for p in pictures if not p.captions], f"{root}: pictures of split {split!r} without a caption")
-    _refuse([p.name for p in pictures if not p.path.is_file()], f"{root / 'Images'}: missing pictures")
-    if not pictures:
-        raise DataError(f"{root / SPLITS[split]}: the list is empty")
-    return pictures
+def batches_done(trainer: lightning.Trainer) -> int:
+    """Return how many batches the run has processed in all, on this process; a resumed run counts on."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as err:
-        raise DataError(f"{path}: no such file; data.root must be a folder with the original Flickr8k files") from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: cannot be read as text: {err}") from err
-
-
-def _refuse(names: Sequence[str], fault: str) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise DataError(f"{fault}: {', '.join(names[:5])}{more}")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures and their captions.
+class ItemMaker:
+    """Makes items of a batch out of pictures and captions.
 
     Args:
-        pixels: float32 [B, 3, S, S], normalised.
-        tokens: int64 [B * R, 1 + T], start token first and end token last, padded; R rows side by side per picture.
-        names: of the pictures.
-    """
-
-    pixels: Tensor
-    tokens: Tensor
-    names: tuple[str, ...]
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """Return the batch on another device."""
-        return Batch(
-            self.pixels.to(device, non_blocking=non_blocking),
-            self.tokens.to(device, non_blocking=non_blocking),
-            self.names,
-        )
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory, for copies to a GPU that do not wait."""
-        return Batch(self.pixels.pin_memory(), self.tokens.pin_memory(), self.names)
-
-
-class CaptionDataset(Dataset[tuple[Tensor, list[list[int]], str]]):
-    """One item per picture: pixels, R captions as ids with start and end, name.
-
-    Args:
-        pictures: the photos.
         tokenizer: for the captions.
         preprocessing: the same as in use.
         captions_per_picture: R; a picture with fewer repeats some, one with more gives a random choice.
         max_tokens: longer captions are cut there, before the end token.
         augmentation: for training; None for evaluation.
+        seed: of the choice of captions and the augmentation.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        preprocessing: PreprocessingConfig,
+        captions_per_picture: int,
+        max_tokens: int,
+        augmentation: Augmentation | None,
+        seed: int,
+    ) -> None:
+        self.tokenizer, self.preprocessing = tokenizer, preprocessing
+        self.captions_per_picture, self.max_tokens = captions_per_picture, max_tokens
+        self.augmentation, self.seed = augmentation, seed
+
+    def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return captions as ids with start and end."""
+        tokenizer, room = self.tokenizer, self.max_tokens - 1
+        return [[tokenizer.start_id, *tokenizer.encode(text)[:room], tokenizer.end_id] for text in captions]
+
+    def choice(self, ids: Sequence[list[int]], name: str, epoch: int) -> list[list[int]]:
+        """Return the R captions of a picture in an epoch."""
+        return choose_captions(ids, self.captions_per_picture, stateless_random(self.seed, "captions", epoch, name))
+
+    def item(
+        self, source: Path | bytes, name: str, captions: Sequence[str], ids: Sequence[list[int]], epoch: int
+    ) -> Item | BadPicture:
+        """Return a picture as pixels with its captions in an epoch.
+
+        Args:
+            source: the file, or its bytes.
+            name: of the picture.
+            captions: as written.
+            ids: of the captions.
+            epoch: counted from 0.
+
+        Returns:
+            The item, or what is wrong with the picture.
+        """
+        try:
+            image = open_picture(source, side_px=self.preprocessing.side_px).image
+        except ImageError as err:
+            return BadPicture(name, str(err))
+        if self.augmentation is not None:
+            draw = stateless_random(self.seed, "augmentation", epoch, name)
+            image = augment(image, self.augmentation, mirror=mirror_allowed(captions), rng=draw)
+        return Item(to_pixels(image, self.preprocessing), self.choice(ids, name, epoch), name)
+
+    def streamed(self, sample: StreamedPicture | BadPicture, epoch: int) -> Item | BadPicture:
+        """Return a picture of a shard as `item` does; a bad one as it is."""
+        if isinstance(sample, BadPicture):
+            return sample
+        return self.item(sample.data, sample.name, sample.captions, self.ids(sample.captions), epoch)
+
+
+class CaptionDataset(Dataset[Item | BadPicture]):
+    """One item per picture and epoch: pixels, or grid features in the first epochs, with R captions.
+
+    Args:
+        pictures: the photos.
+        maker: of the items.
+        features: of the cached stages.
+        cached_epochs: so many epochs at the start read features; 0: none.
     """
 
     def __init__(
         self,
         pictures: Sequence[CaptionedPicture],
         *,
-        tokenizer: Tokenizer,
-        preprocessing: PreprocessingConfig,
-        captions_per_picture: int,
-        max_tokens: int,
-        augmentation: Augmentation | None = None,
+        maker: ItemMaker,
+        features: FeatureStore | None = None,
+        cached_epochs: int = 0,
     ) -> None:
-        self.pictures = pictures
-        self.preprocessing = preprocessing
-        self.captions_per_picture = captions_per_picture
-        self.augmentation = augmentation
-        self.token_ids = [
-            [[tokenizer.start_id, *tokenizer.encode(text)[: max_tokens - 1], tokenizer.end_id] for text in p.captions]
-            for p in pictures
-        ]
+        self.pictures, self.maker = pictures, maker
+        self.features, self.cached_epochs = features, cached_epochs
+        self.token_ids = [maker.ids(picture.captions) for picture in pictures]
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -156,127 +141,329 @@ class CaptionDataset(Dataset[tuple[Tensor, list[list[int]], str]]):
         """Return the length of the longest caption of a picture, in tokens."""
         return max(len(ids) for ids in self.token_ids[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[list[int]], str]:
-        """Return pixels, captions and name of one picture."""
-        picture = self.pictures[index]
-        image = open_picture(picture.path).image
-        if self.augmentation is not None:
-            image = augment(image, self.augmentation, mirror=mirror_allowed(picture.captions))
-        captions, wanted = self.token_ids[index], self.captions_per_picture
-        chosen = random.sample(captions, wanted) if wanted < len(captions) else list(captions)
-        chosen += [captions[k % len(captions)] for k in range(wanted - len(chosen))]
-        return to_pixels(image, self.preprocessing), chosen, picture.name
+    def __getitem__(self, key: ItemKey | int) -> Item | BadPicture:
+        """Return one picture in one epoch; a bare index stands for epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        picture, ids = self.pictures[index], self.token_ids[index]
+        if epoch >= self.cached_epochs or self.features is None:
+            return self.maker.item(picture.path, picture.name, picture.captions, ids, epoch)
+        view = stateless_random(self.maker.seed, "view", epoch, picture.name).randrange(self.features.views)
+        features = self.features.read(index, view)
+        if isinstance(features, BadPicture):
+            return features
+        return Item(features, self.maker.choice(ids, picture.name, epoch), picture.name)
 
 
-def collate(items: Sequence[tuple[Tensor, list[list[int]], str]]) -> Batch:
-    """Join items; captions are padded to the longest of the batch."""
-    rows = [caption for _, captions, _ in items for caption in captions]
-    tokens = torch.full((len(rows), max(map(len, rows))), Tokenizer.pad_id)
-    for row, caption in enumerate(rows):
-        tokens[row, : len(caption)] = torch.tensor(caption)
-    return Batch(torch.stack([pixels for pixels, _, _ in items]), tokens, tuple(name for _, _, name in items))
+class ShardDataset(IterableDataset[Batch]):
+    """Batches streamed from tar shards; every epoch has the same number, whatever the shards hold.
 
-
-class LengthBatchSampler(Sampler[list[int]]):
-    """Random batches of pictures whose longest captions are of like length, so that little is padding.
-
-    Every `bucket_batches` batches are drawn at random and sorted among themselves; the batches are then shuffled.
+    A reader whose share of the shards is used up before the epoch ends begins again.
 
     Args:
-        lengths: longest caption of each picture, tokens.
-        batch_size: pictures per batch; a last smaller batch is left out (its batch norm statistics would be poor),
-            unless it is the only one.
-        seed: of the order; the epoch is added to it.
-        bucket_batches: how many batches are sorted together.
+        shards: tar files.
+        batches: of one epoch, of this process.
+        batch_size: pictures per batch.
+        maker: of the items.
+        rank: of this process.
+        world_size: processes that train together.
+        shuffle_buffer: pictures among which the next one is drawn; 0: in order, for evaluation.
 
-    Raises:
-        ConfigError: for a batch size below 1.
+    Attributes:
+        start: epoch, and how many of its batches this process has had already.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, bucket_batches: int = 20) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        batches: int,
+        batch_size: int,
+        maker: ItemMaker,
+        rank: int,
+        world_size: int,
+        shuffle_buffer: int,
+    ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        self.lengths = lengths
-        self.batch_size = min(batch_size, len(lengths))
-        self.seed = seed
-        self.bucket_batches = bucket_batches
-        self.epoch = 0
-
-    @property
-    def sampler(self) -> LengthBatchSampler:
-        """This object: Lightning looks for `set_epoch` at the sampler of a batch sampler, not at itself."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch; Lightning calls it."""
-        self.epoch = epoch
+        self.shards, self.batches, self.batch_size, self.maker = list(shards), batches, batch_size, maker
+        self.rank, self.world_size, self.shuffle_buffer = rank, world_size, shuffle_buffer
+        self.start = (0, 0)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self.lengths) // self.batch_size
+        """Return the number of batches of an epoch, of this process."""
+        return self.batches
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of one epoch."""
-        order = random.Random(self.seed * 1_000_003 + self.epoch)
-        indices = list(range(len(self.lengths)))
-        order.shuffle(indices)
-        indices = indices[: len(self) * self.batch_size]
-        bucket = self.batch_size * self.bucket_batches
-        batches: list[list[int]] = []
-        for first in range(0, len(indices), bucket):
-            alike = sorted(indices[first : first + bucket], key=lambda index: self.lengths[index])
-            batches += [alike[k : k + self.batch_size] for k in range(0, len(alike), self.batch_size)]
-        order.shuffle(batches)
-        yield from batches
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this worker's batches: every n-th of the epoch's, so that workers in turn give all in order."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        epoch, done = self.start
+        # Batch k is worker (k mod n)'s. A loader that starts in the middle asks worker 0 first.
+        own = (worker + done) % workers
+        skip = len(range(own, done, workers))
+        samples = self._samples(epoch, own, workers, skip * self.batch_size)
+        for _ in range(own + skip * workers, self.batches, workers):
+            yield self._batch(samples, epoch)
+
+    def _samples(self, epoch: int, worker: int, workers: int, skip: int) -> Iterator[StreamedPicture | BadPicture]:
+        while True:
+            count = 0
+            for sample in stream_samples(
+                self.shards,
+                epoch=epoch,
+                seed=self.maker.seed,
+                rank=self.rank,
+                world_size=self.world_size,
+                worker=worker,
+                workers=workers,
+                shuffle_buffer=self.shuffle_buffer,
+            ):
+                count += 1
+                if count > skip:
+                    yield sample
+            skip = max(0, skip - count)
+            if count == 0:
+                raise DataError(
+                    f"{self.shards[0]} and others: {workers * self.world_size} readers, but too few samples for "
+                    "each; use fewer data.workers or more shards"
+                )
+
+    def _batch(self, samples: Iterator[StreamedPicture | BadPicture], epoch: int) -> Batch:
+        return collate([self.maker.streamed(next(samples), epoch) for _ in range(self.batch_size)])
 
 
-class Flickr8kDataModule(lightning.LightningDataModule):
-    """Flickr8k in its original files, for Lightning.
+class ShardDevDataset(IterableDataset[Batch]):
+    """Batches of all pictures of tar shards, once and in order; of several processes each takes every n-th picture.
 
     Args:
-        root: folder with `Images/`, `Flickr8k.token.txt` and the lists of names.
+        shards: tar files.
         batch_size: pictures per batch.
+        maker: of the items.
+        rank: of this process.
+        world_size: processes; each reads all shards.
+    """
+
+    def __init__(
+        self, shards: Sequence[Path], *, batch_size: int, maker: ItemMaker, rank: int, world_size: int
+    ) -> None:
+        super().__init__()
+        self.shards, self.batch_size, self.maker = list(shards), batch_size, maker
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches; the last may be smaller."""
+        samples = islice(stream_samples(self.shards), self.rank, None, self.world_size)
+        while chosen := list(islice(samples, self.batch_size)):
+            yield collate([self.maker.streamed(sample, epoch=0) for sample in chosen])
+
+
+class ShardLoader(DataLoader[Batch]):
+    """Loader of a `ShardDataset` that tells it where the run is, at the start of each iteration.
+
+    Args:
+        dataset: of batches.
+        where: epoch and batches done, as for `LengthBatchSampler`.
+        workers: processes that read.
+    """
+
+    def __init__(self, dataset: ShardDataset, *, where: Where, workers: int) -> None:
+        super().__init__(dataset, batch_size=None, num_workers=workers)
+        self.where = where
+
+    def __iter__(self) -> Any:
+        """Start the workers where the run is."""
+        dataset = self.dataset
+        assert isinstance(dataset, ShardDataset)
+        dataset.start = self.where(len(dataset))
+        return super().__iter__()
+
+
+class CaptionData(lightning.LightningDataModule):
+    """Captioned photos of any format, for Lightning.
+
+    Args:
+        root: folder of the data.
+        format: "flickr8k", "karpathy", "coco", "table" (captions.csv or captions.jsonl) or "shards"; the options
+            up to `shuffle_buffer` belong to one or two of these each, see `training.sources.DataSource`.
+        annotations: the JSON, CSV or JSONL file.
+        images: folder of the pictures.
+        train_annotations: of COCO's training pictures.
+        train_images: folder of COCO's training pictures.
+        dev_annotations: of COCO's dev pictures.
+        dev_images: folder of COCO's dev pictures.
+        image_column: of a table.
+        caption_column: of a table.
+        split_column: of a table.
+        dev_share: of a table without splits.
+        train_shards: tar files.
+        dev_shards: tar files.
+        shuffle_buffer: of the shards.
+        batch_size: pictures per batch and process.
         captions_per_picture: captions of a picture in one training batch; they share its encoder pass.
         min_count: words that occur less often in the training captions are not learned.
-        max_tokens: longest caption, end token included.
-        preprocessing: side and normalisation; written into the model.
+        max_tokens: longest caption, end token included; None: the model's that training starts from, else 40.
+        preprocessing: side and normalisation, written into the model; None: the model's that training starts from,
+            else 224 px.
         augmentation: of the training pictures; None leaves them as they are.
+        cache_folder: of the grid features of cached stages.
+        cache_views: versions of each picture in that cache: the first as it is, the others augmented.
+        bad_picture_limit: share of the pictures that may be missing or unreadable; beyond it training stops.
         workers: processes that decode pictures.
-        seed: of the order of the batches.
+        seed: of order, choice of captions and augmentation.
+        init_from: model folder or "bundled" whose vocabulary is kept and extended; set by `model.init_from`.
+
+    Attributes:
+        pictures: by split; of shards the names and captions alone.
+        bad: pictures that were named but cannot be used, found so far, by name.
+        tokenizer: from `setup` on.
+
+    Raises:
+        ConfigError: for a value out of range.
     """
 
     def __init__(
         self,
         root: str,
+        format: str = "table",
+        annotations: str | None = None,
+        images: str | None = None,
+        train_annotations: str | None = None,
+        train_images: str | None = None,
+        dev_annotations: str | None = None,
+        dev_images: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        split_column: str | None = None,
+        dev_share: float | None = None,
+        train_shards: str | None = None,
+        dev_shards: str | None = None,
+        shuffle_buffer: int | None = None,
         batch_size: int = 32,
         captions_per_picture: int = 5,
         min_count: int = 5,
-        max_tokens: int = 40,
+        max_tokens: int | None = None,
         preprocessing: PreprocessingConfig | None = None,
         augmentation: Augmentation | None = None,
+        cache_folder: str = "~/.cache/captioner",
+        cache_views: int = 1,
+        bad_picture_limit: float = 0.01,
         workers: int = 1,
         seed: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.root = Path(root)
-        self.batch_size = batch_size
-        self.captions_per_picture = captions_per_picture
-        self.min_count = min_count
-        self.max_tokens = max_tokens
-        self.preprocessing = preprocessing or PreprocessingConfig()
-        self.augmentation = augmentation
-        self.workers = workers
-        self.seed = seed
+        self.source = DataSource(
+            root=root,
+            format=format,
+            annotations=annotations,
+            images=images,
+            train_annotations=train_annotations,
+            train_images=train_images,
+            dev_annotations=dev_annotations,
+            dev_images=dev_images,
+            image_column=image_column,
+            caption_column=caption_column,
+            split_column=split_column,
+            dev_share=dev_share,
+            train_shards=train_shards,
+            dev_shards=dev_shards,
+            shuffle_buffer=shuffle_buffer,
+        )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("captions_per_picture", captions_per_picture, 1),
+            ("min_count", min_count, 1),
+            ("max_tokens", 2 if max_tokens is None else max_tokens, 2),
+            ("cache_views", cache_views, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"data.{name} must be at least {least}, got {value}")
+        if not 0 <= bad_picture_limit <= 1:
+            raise ConfigError(f"data.bad_picture_limit must be from 0 to 1, got {bad_picture_limit}")
+        self.batch_size, self.captions_per_picture = batch_size, captions_per_picture
+        self.min_count, self._max_tokens, self._preprocessing = min_count, max_tokens, preprocessing
+        self.augmentation, self.workers, self.seed = augmentation, workers, seed
+        self.cache_folder, self.cache_views = Path(cache_folder).expanduser(), cache_views
+        self.bad_picture_limit, self.init_from = bad_picture_limit, init_from
+        self.base: ModelConfig | None = None
         self.tokenizer: Tokenizer | None = None
         self.pictures: dict[str, list[CaptionedPicture]] = {}
+        self.bad: dict[str, BadPicture] = {}
+        self._shards: dict[str, list[Path]] = {}
+        self._features: FeatureStore | None = None
+        self._cached_epochs = 0
+        self._train_loader: DataLoader[Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Read the lists and make the vocabulary from the training captions; opens no picture."""
-        if not self.pictures:
-            self.pictures = {split: read_flickr8k(self.root, split) for split in SPLITS}
-            captions = (caption for picture in self.pictures["train"] for caption in picture.captions)
+        """Read the lists and make the vocabulary from the training captions; opens no picture file.
+
+        Args:
+            stage: of Lightning.
+
+        Raises:
+            ConfigError: when an option contradicts the model that training starts from.
+            DataError: when the data cannot be read, or too many pictures are missing.
+            CheckpointError: when that model cannot be read.
+        """
+        if self.pictures:
+            return
+        if self.source.format == "shards":
+            self._shards = find_shards(self.source)
+            for split, shards in self._shards.items():
+                found = list(read_captions(shards))
+                self.pictures[split] = [item for item in found if isinstance(item, CaptionedPicture)]
+                self.note_bad([item for item in found if isinstance(item, BadPicture)], check=False)
+        else:
+            content = read_source(self.source)
+            self.pictures = dict(content.pictures)
+            self.note_bad(content.missing, check=False)
+        self.note_bad(())
+        captions = [caption for picture in self.pictures["train"] for caption in picture.captions]
+        if self.init_from is None:
             self.tokenizer = Tokenizer.train(captions, min_count=self.min_count)
+            return
+        base = load_checkpoint(None if self.init_from == "bundled" else self.init_from)
+        self.base = base.model.config
+        for name, given, own in (
+            ("max_tokens", self._max_tokens, self.base.max_tokens),
+            ("preprocessing", self._preprocessing, self.base.preprocessing),
+        ):
+            if given not in (None, own):
+                raise ConfigError(f"data.{name}={given} differs from that of the model {self.init_from!r}, {own}")
+        self.tokenizer = base.tokenizer.extended(captions, min_count=self.min_count)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest caption, end token included."""
+        return self._max_tokens or (40 if self.base is None else self.base.max_tokens)
+
+    @property
+    def preprocessing(self) -> PreprocessingConfig:
+        """Side and normalisation."""
+        return self._preprocessing or (PreprocessingConfig() if self.base is None else self.base.preprocessing)
+
+    def note_bad(self, found: Sequence[BadPicture], *, check: bool = True) -> None:
+        """Count pictures that cannot be used.
+
+        Args:
+            found: in this batch.
+            check: whether to stop beyond the limit.
+
+        Raises:
+            DataError: when there are more than `bad_picture_limit` allows; it lists them.
+        """
+        self.bad |= {bad.name: bad for bad in found}
+        # What is missing from the start is in `bad` and not in `pictures`.
+        names = {picture.name for pictures in self.pictures.values() for picture in pictures} if self.bad else set()
+        total = len(names | self.bad.keys())
+        if check and len(self.bad) > self.bad_picture_limit * total:
+            shown = "; ".join(bad.message for bad in list(self.bad.values())[:5])
+            more = f"; and {len(self.bad) - 5} more" if len(self.bad) > 5 else ""
+            raise DataError(
+                f"{self.source.root}: {len(self.bad)} of {total} pictures cannot be used, more than "
+                f"data.bad_picture_limit={self.bad_picture_limit:g} allows: {shown}{more}; mend them, or raise the "
+                "limit"
+            )
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Return the reference captions of the dev pictures by name."""
@@ -284,41 +471,162 @@ class Flickr8kDataModule(lightning.LightningDataModule):
 
     def data_hash(self) -> str:
         """Return the SHA-256 of the names and captions of all splits, in order."""
-        digest = hashlib.sha256()
-        for split, pictures in self.pictures.items():
-            for picture in pictures:
-                digest.update("\0".join((split, picture.name, *picture.captions)).encode() + b"\n")
-        return digest.hexdigest()
+        return data_hash(self.pictures)
 
-    def _dataset(self, split: str, augmentation: Augmentation | None) -> CaptionDataset:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must find again; Lightning writes it into the checkpoint."""
+        source = {name: value for name, value in asdict(self.source).items() if value is not None}
+        return {"data_sha256": self.data_hash(), "source": source, **self._order_settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run goes on with the same data in the same order.
+
+        Args:
+            state_dict: of the checkpoint.
+
+        Raises:
+            DataError: when captions or names have changed.
+            ConfigError: when an option has that fixes the order.
+        """
+        if state_dict["data_sha256"] != self.data_hash():
+            raise DataError(
+                f"{self.source.root}: names or captions have changed since the checkpoint was written; restore them, "
+                "or start a new run"
+            )
+        for name, value in self._order_settings().items():
+            if state_dict.get(name) != value:
+                setting = "processes (trainer.devices x num_nodes)" if name == "processes" else f"data.{name}"
+                raise ConfigError(
+                    f"{setting}={value}, but the checkpoint's run had {state_dict.get(name)}; set it back"
+                )
+
+    def _order_settings(self) -> dict[str, Any]:
+        names = ("batch_size", "seed", "captions_per_picture", "cache_views", "workers")
+        chosen = [name for name in names if name != "workers" or self._shards]  # they share the shards
+        return {name: getattr(self, name) for name in chosen} | {"processes": self._processes()[1]}
+
+    def use_cache(self, encoder: Encoder, *, epochs: int) -> None:
+        """Let the first epochs read the features of the frozen encoder, computed now unless they are there.
+
+        Args:
+            encoder: on the device that is to compute.
+            epochs: how many; 0 for none.
+
+        Raises:
+            ConfigError: for shards, which have no fixed list of pictures.
+            DataError: when the cache cannot be written, or too many pictures are bad.
+        """
+        if not epochs:
+            return
+        if self._shards:
+            raise ConfigError("cached stages need pictures in files, not data.format=shards; use cached: false")
+        self._cached_epochs, self._train_loader = epochs, None
+        self._features = prepare_features(
+            self.cache_folder,
+            encoder=encoder,
+            pictures=self.pictures["train"],
+            preprocessing=self.preprocessing,
+            augmentation=self.augmentation,
+            views=self.cache_views,
+            seed=self.seed,
+            workers=self.workers,
+        )
+        self.note_bad(list(self._features.bad.values()))
+
+    def _maker(self, augmentation: Augmentation | None) -> ItemMaker:
         if self.tokenizer is None:
             raise DataError("the data was not set up: call setup() first")
-        return CaptionDataset(
-            self.pictures[split],
+        return ItemMaker(
             tokenizer=self.tokenizer,
             preprocessing=self.preprocessing,
             captions_per_picture=self.captions_per_picture,
             max_tokens=self.max_tokens,
             augmentation=augmentation,
+            seed=self.seed,
         )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return augmented batches in random order."""
-        dataset = self._dataset("train", self.augmentation)
-        lengths = [dataset.longest(index) for index in range(len(dataset))]
-        sampler = LengthBatchSampler(lengths, batch_size=self.batch_size, seed=self.seed)
+    def _where(self, batches: int) -> tuple[int, int]:
+        """Return the epoch and its batches done, counted by what the run has processed in all."""
+        if self.trainer is None:
+            return 0, 0
+        return divmod(batches_done(self.trainer), self._limited(batches))
+
+    def _limited(self, batches: int) -> int:
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+    def train_batches(self) -> int:
+        """Return the number of batches of an epoch, of this process.
+
+        To ask the trainer would start the loader's workers, in a resumed run before it knows where it goes on.
+        """
+        if self._train_loader is None:
+            self._train_loader = self._make_train_loader()
+        return self._limited(len(self._train_loader))
+
+    def _processes(self) -> tuple[int, int]:
+        """Return this process's rank and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return augmented batches in random order; a resumed run goes on behind its last batch."""
+        if self._train_loader is None:
+            self._train_loader = self._make_train_loader()
+        return self._train_loader
+
+    def _make_train_loader(self) -> DataLoader[Any]:
+        maker = self._maker(self.augmentation)
+        rank, world_size = self._processes()
+        if self._shards:
+            batches = len(self.pictures["train"]) // (self.batch_size * world_size)
+            if not batches:
+                raise DataError(f"{self.source.root}: fewer training pictures than a batch; lower data.batch_size")
+            shards = ShardDataset(
+                self._shards["train"],
+                batches=batches,
+                batch_size=self.batch_size,
+                maker=maker,
+                rank=rank,
+                world_size=world_size,
+                shuffle_buffer=SHUFFLE_BUFFER if self.source.shuffle_buffer is None else self.source.shuffle_buffer,
+            )
+            return ShardLoader(shards, where=self._where, workers=self.workers)
+        pictures = CaptionDataset(
+            self.pictures["train"], maker=maker, features=self._features, cached_epochs=self._cached_epochs
+        )
+        sampler = LengthBatchSampler(
+            [pictures.longest(index) for index in range(len(pictures))],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            where=self._where,
+        )
         return DataLoader(
-            dataset,  # type: ignore[arg-type]
+            pictures,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the dev pictures in order, as they are in use."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the dev pictures in order, as they are in use; each process its share."""
+        maker = self._maker(None)
+        rank, world_size = self._processes()
+        if len(self.pictures["dev"]) < world_size:
+            raise DataError(
+                f"{self.source.root}: {len(self.pictures['dev'])} dev pictures for {world_size} processes; each needs "
+                "one: give more, or lower trainer.devices"
+            )
+        if self._shards:
+            dataset = ShardDevDataset(
+                self._shards["dev"], batch_size=self.batch_size, maker=maker, rank=rank, world_size=world_size
+            )
+            return DataLoader(dataset, batch_size=None)
         return DataLoader(
-            self._dataset("dev", None),  # type: ignore[arg-type]
+            CaptionDataset(self.pictures["dev"][rank::world_size], maker=maker),
             batch_size=self.batch_size,
             collate_fn=collate,
             num_workers=self.workers,

@@ -17,35 +17,49 @@ from torch import nn
 from captioner import Captioner
 from captioner.caption import Caption
 from captioner.checkpoint import Checkpoint, save_checkpoint
-from captioner.config import EncoderConfig, ModelConfig, PreprocessingConfig, SearchOptions
-from captioner.errors import CheckpointError
+from captioner.config import ModelConfig, SearchOptions
+from captioner.errors import CheckpointError, DataError
 from captioner.metrics import Evaluation, evaluate, java
 from captioner.model import CaptionModel, build_model
 from captioner.tokenizer import Tokenizer
-from training.augmentation import Augmentation
-from training.data import CaptionedPicture, Flickr8kDataModule
+from training.data import CaptionData
+from training.sources import CaptionedPicture
 
 _PREFIX = "model."
 SAMPLES = 20
-# Settings objects that Lightning writes into its checkpoints; nothing else is unpickled.
-_SETTINGS: list[Any] = [EncoderConfig, SearchOptions, PreprocessingConfig, Augmentation]
 
 
-def load_run(path: Path) -> Checkpoint:
-    """Read the model out of a checkpoint of `fit`; with weight averaging, the averaged one.
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint of `fit` holds.
+
+    Args:
+        checkpoint: the model in evaluation mode, with weight averaging the averaged one, and its vocabulary.
+        data: where the pictures came from, as arguments of `CaptionData`.
+        data_sha256: of names and captions.
+        command: that trained it.
+    """
+
+    checkpoint: Checkpoint
+    data: dict[str, Any]
+    data_sha256: str
+    command: str
+
+
+def load_run(path: Path) -> Run:
+    """Read the model out of a checkpoint of `fit`, and what it was trained on.
 
     Args:
         path: the `.ckpt` file.
 
     Returns:
-        The model in evaluation mode and its vocabulary.
+        Model and origin.
 
     Raises:
         CheckpointError: when the file is missing, damaged, or was not written by our training.
     """
     try:
-        with torch.serialization.safe_globals(_SETTINGS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         description = content["captioner"]
         config = ModelConfig.from_dict(description["model"])
         model: CaptionModel = build_model(config)
@@ -55,13 +69,15 @@ def load_run(path: Path) -> Checkpoint:
             if name.startswith(_PREFIX)
         }
         model.load_state_dict(weights, strict=True)
+        origin = content["CaptionData"]
+        tokenizer = Tokenizer.from_json(description["tokenizer"])
+        return Run(Checkpoint(model.eval(), tokenizer), origin["source"], origin["data_sha256"], description["command"])
     except FileNotFoundError as err:
         raise CheckpointError(f"{path}: no such checkpoint; name a .ckpt file of a run folder") from err
     except Exception as err:  # zip, pickle, missing keys, other shapes: whatever a foreign file brings
         raise CheckpointError(
             f"{path}: not a checkpoint of `python -m training fit`: {str(err).splitlines()[0] if str(err) else err!r}"
         ) from err
-    return Checkpoint(model.eval(), Tokenizer.from_json(description["tokenizer"]))
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
@@ -206,11 +222,10 @@ The first {len(facts.samples)} pictures of the split, not chosen:
 
 * Meant for: trying out and teaching image captioning and attention; drafts that a person reads before use.
 * Not meant for: descriptions that people rely on unread, identifying persons, or decisions about them.
-* It has seen everyday outdoor photos of people, children, dogs and sport, and knows {config.vocabulary_size - 4} words.
-  On other pictures (indoor objects, food, documents, drawings, screens) it still writes a fluent sentence about people
-  or dogs, which is wrong. It cannot read text, counts badly beyond two, and guesses sex and age.
+* It knows {config.vocabulary_size - 4} words, and only what its training pictures show. On others it still writes a
+  fluent sentence, which is then wrong. Models of this kind cannot read text, count badly, and guess sex and age.
 * The maps show where the decoder read from the grid. They tell where, not why.
-* Terms: the weights are derived from Flickr8k, which is for non-commercial research and education.
+* Terms: those of the training data hold for the weights too.
 """
 
 
@@ -223,11 +238,12 @@ def export(
     checkpoints: Sequence[Path],
     folder: Path,
     *,
-    data_root: Path,
-    name: str,
-    command: str,
-    search: SearchOptions,
-    half: bool,
+    data_root: str | None = None,
+    name: str = "Captioner model",
+    data: str = "",
+    command: str | None = None,
+    search: SearchOptions | None = None,
+    half: bool = False,
     notes: str = "",
 ) -> Evaluation:
     """Write the model folder of a run, evaluated as it ships.
@@ -235,9 +251,10 @@ def export(
     Args:
         checkpoints: of one run; several are averaged.
         folder: to write.
-        data_root: Flickr8k, whose dev pictures give the scores.
+        data_root: folder of the data, whose dev pictures give the scores; None: where it was in training.
         name: of the model, for the card.
-        command: that trained it, for the card.
+        data: what it was trained on and under which terms, for the card.
+        command: that trained it, for the card; None: as the run noted it.
         search: how the dev pictures are captioned.
         half: store matrices as float16.
         notes: for the card, such as time and machine.
@@ -247,24 +264,30 @@ def export(
 
     Raises:
         CheckpointError: when a checkpoint cannot be read or the folder not be written.
-        DataError: when the data cannot be read.
+        DataError: when the data cannot be read, or is not what the run was trained on.
     """
-    trained = average([load_run(path) for path in checkpoints])
+    runs = [load_run(path) for path in checkpoints]
+    run, search = runs[0], search or SearchOptions()
+    trained = average([run.checkpoint for run in runs])
+    source = CaptionData(**{**run.data, **({} if data_root is None else {"root": data_root})})
+    source.setup("validate")
+    if source.data_hash() != run.data_sha256:
+        raise DataError(f"{source.source.root}: not the data of the run: its names or captions differ; see --data-root")
     save_checkpoint(trained, folder, half=half)
-    data = Flickr8kDataModule(str(data_root))
-    data.setup("validate")
     captioner = Captioner.load(folder)  # with the rounding of the stored weights
     given = {k: v for k, v in search.to_dict().items() if v != getattr(SearchOptions(), k)}
-    predictions = caption_pictures(captioner, data.pictures["dev"], **given)
-    evaluation = evaluate(predictions, data.references(), meteor=java.missing("METEOR") is None)
+    predictions = caption_pictures(captioner, source.pictures["dev"], **given)
+    references = {picture: texts for picture, texts in source.references().items() if picture in predictions}
+    evaluation = evaluate(predictions, references, meteor=java.missing("METEOR") is None)
+    train = source.pictures["train"]
     card = model_card(
         captioner.model,
         CardFacts(
             name=name,
-            command=command,
-            data="Flickr8k (Hodosh, Young, Hockenmaier, JAIR 2013), the 6,000 photos and 30,000 captions of the "
-            "official training split, photos squashed to 224 x 224; the encoder began with ImageNet-1k weights.",
-            data_sha256=data.data_hash(),
+            command=command or run.command,
+            data=f"{data or 'Data: not described by who trained it.'} {len(train)} pictures with "
+            f"{sum(len(picture.captions) for picture in train)} captions, format {source.source.format}.",
+            data_sha256=run.data_sha256,
             evaluation=evaluation,
             search=search,
             samples=list(predictions.items())[:SAMPLES],
@@ -289,22 +312,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training export", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help=".ckpt files of one run; several are averaged")
     parser.add_argument("--folder", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--data-root", type=Path, required=True, help="Flickr8k, for the scores on its dev split")
+    parser.add_argument("--data-root", help="folder of the data, if it is not where it was in training")
     parser.add_argument("--name", default="Captioner model", help="name on the card")
-    parser.add_argument("--command", required=True, help="command that trained it, for the card")
+    parser.add_argument("--data", default="", help="what it was trained on and under which terms, for the card")
+    parser.add_argument("--command", help="command that trained it, for the card (default: as the run noted it)")
     parser.add_argument("--beam-size", type=int, default=SearchOptions().beam_size)
     parser.add_argument("--notes", default="", help="for the card, such as time and machine")
     parser.add_argument("--half", action="store_true", help="store matrices as float16")
-    given = parser.parse_args(arguments)
-    evaluation = export(
-        given.checkpoints,
-        given.folder,
-        data_root=given.data_root,
-        name=given.name,
-        command=given.command,
-        search=SearchOptions(beam_size=given.beam_size),
-        half=given.half,
-        notes=given.notes,
-    )
+    given = vars(parser.parse_args(arguments))
+    search = SearchOptions(beam_size=given.pop("beam_size"))
+    evaluation = export(given.pop("checkpoints"), given.pop("folder"), search=search, **given)
     sys.stdout.write(evaluation.table() + "\n")
     return 0

@@ -1,51 +1,83 @@
-"""The LightningModule: cross-entropy on captions, first with a frozen encoder, then with all of it.
+"""The LightningModule: stages of cross-entropy and self-critical training over one model.
 
-Shapes: B pictures, N = B * R captions, T tokens, V vocabulary.
+Shapes: B pictures, R captions of each, N = B * R rows, T tokens, V vocabulary, P grid cells, S samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from captioner import Captioner
 from captioner.api import search_vocabulary
+from captioner.checkpoint import Checkpoint, load_checkpoint
 from captioner.config import DECODER_CONFIGS, EncoderConfig, ModelConfig, SearchOptions
-from captioner.errors import ConfigError
+from captioner.decoders import MultiheadDecoder
+from captioner.errors import CheckpointError, ConfigError, DataError
 from captioner.metrics import evaluate
 from captioner.model import CaptionModel, build_model
 from captioner.search import search
 from captioner.tokenizer import Tokenizer
-from training.data import Batch, Flickr8kDataModule
+from training.batches import Batch, stateless_seed
+from training.data import CaptionData, batches_done
+from training.objectives import (
+    attention_regulariser,
+    caption_cross_entropy,
+    drop_words,
+    scheduled_inputs,
+    self_critical_loss,
+    word_log_probabilities,
+)
+from training.rewards import CaptionReward, RewardConfig, advantages
+from training.sampling import sample
+from training.sources import BadPicture
+from training.stages import Stage, StagePlan
+
+_SCORES = {"BLEU-4": "val_bleu4", "CIDEr-D": "val_cider", "ROUGE-L": "val_rouge"}
+
+
+@dataclasses.dataclass
+class _Found:
+    """What a validation has found in one process: captions and bad pictures by name, summed loss, number of words."""
+
+    captions: dict[str, str] = dataclasses.field(default_factory=dict)
+    bad: dict[str, BadPicture] = dataclasses.field(default_factory=dict)
+    loss: float = 0.0
+    words: int = 0
 
 
 class CaptionModule(lightning.LightningModule):
     """A captioner in training.
 
     Args:
-        decoder: "mean", "additive" or "multihead".
+        stages: what is trained, one after another; their epochs are the run's.
+        init_from: start from this model: "bundled", a model folder or a hub id; its vocabulary is extended by new
+            words. None: the decoder starts from random weights.
+        decoder: "mean", "additive" or "multihead"; None: that of `init_from`, else "multihead".
         decoder_settings: sizes of the decoder; see `captioner.config`.
-        encoder: which CNN.
-        encoder_weights: "torchvision", the path of a safetensors file, or None (random).
-        frozen_epochs: epochs in which only the decoder is trained; -1: the encoder is never trained.
-        learning_rate: highest rate of the decoder.
-        encoder_learning_rate: highest rate of the encoder.
-        warmup_steps: steps over which a rate rises from 0, for the encoder from its first trained step on.
+        encoder: which CNN; None: that of `init_from`, else MobileNetV2.
+        encoder_weights: "torchvision", the path of a safetensors file, or None (random); not with `init_from`.
         weight_decay: of AdamW, on matrices only.
-        label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al. 2016).
+        compile_decoder: compile the decoder's teacher-forced pass with `torch.compile`.
         search: how the dev pictures are captioned for the scores.
+        seed: of everything that is random on the device: dropout, samples.
 
     Attributes:
         model: from `configure_model` on.
         tokenizer: likewise.
+        captions: of the dev pictures, by name, after a validation.
+        scores: of these captions, x100.
 
     Raises:
-        ConfigError: for an unknown decoder, or settings that it does not have.
+        ConfigError: for an unknown decoder, settings that it does not have, or options that exclude each other.
     """
 
     model: CaptionModel
@@ -54,138 +86,353 @@ class CaptionModule(lightning.LightningModule):
     def __init__(
         self,
         *,
-        decoder: str = "multihead",
+        stages: list[Stage],
+        init_from: str | None = None,
+        decoder: str | None = None,
         decoder_settings: dict[str, Any] | None = None,
         encoder: EncoderConfig | None = None,
         encoder_weights: str | None = None,
-        frozen_epochs: int = 6,
-        learning_rate: float = 7e-4,
-        encoder_learning_rate: float = 1e-4,
-        warmup_steps: int = 300,
         weight_decay: float = 0.05,
-        label_smoothing: float = 0.1,
+        compile_decoder: bool = False,
         search: SearchOptions | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if decoder not in DECODER_CONFIGS:
-            raise ConfigError(f"decoder must be one of {', '.join(DECODER_CONFIGS)}, got {decoder!r}")
-        self.decoder_settings = DECODER_CONFIGS[decoder].from_dict(decoder_settings or {})
-        self.save_hyperparameters()
-        self.encoder_config = encoder or EncoderConfig()
+        self.plan = StagePlan(stages)
+        if decoder is not None and decoder not in DECODER_CONFIGS:
+            raise ConfigError(f"model.decoder must be one of {', '.join(DECODER_CONFIGS)}, got {decoder!r}")
+        if init_from is not None and encoder_weights is not None:
+            raise ConfigError("model.encoder_weights and model.init_from exclude each other; leave one of them out")
+        if init_from is None:
+            DECODER_CONFIGS[decoder or "multihead"].from_dict(decoder_settings or {})  # checked before long work
+        self.init_from, self.decoder, self.decoder_settings = init_from, decoder, decoder_settings
+        self.encoder_config, self.encoder_weights = encoder, encoder_weights
+        self.weight_decay, self.compile_decoder, self.seed = weight_decay, compile_decoder, seed
         self.search_options = search or SearchOptions()
-        self._captions: dict[str, str] = {}
+        self.captions: dict[str, str] = {}
+        self.scores: dict[str, float] = {}
+        self._found = _Found()
+        self._entered = -1
+        self._resumed_epoch = 0
+        self._rewards: dict[RewardConfig, CaptionReward] = {}
 
     @property
-    def _data(self) -> Flickr8kDataModule:
-        return cast(Flickr8kDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+    def _data(self) -> CaptionData:
+        return cast(CaptionData, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def bad_pictures(self) -> Sequence[tuple[str, str]]:
+        """Names and faults of the pictures that could not be used so far."""
+        return [(bad.name, bad.message) for bad in self._data.bad.values()]
+
+    def captioner(self) -> Captioner:
+        """Return a captioner over the live model."""
+        return Captioner(Checkpoint(self.model, self.tokenizer), device=str(self.device))
+
+    # --- The model ---
 
     def configure_model(self) -> None:
         """Build the model once the data has given the vocabulary; Lightning calls it."""
         if hasattr(self, "model"):
             return
         self.tokenizer = cast(Tokenizer, self._data.tokenizer)
-        config = ModelConfig(
-            decoder=self.hparams["decoder"],
-            vocabulary_size=self.tokenizer.vocabulary_size,
-            max_tokens=self._data.max_tokens,
-            preprocessing=self._data.preprocessing,
-            encoder=self.encoder_config,
-            decoder_settings=self.decoder_settings,
-        )
-        self.model = build_model(config, encoder_weights=self.hparams["encoder_weights"])
+        if self._data.init_from != self.init_from:
+            raise ConfigError(
+                f"data.init_from={self._data.init_from} and model.init_from={self.init_from} differ; give both the same"
+            )
+        self.model = build_model(self._model_config(), encoder_weights=self.encoder_weights)
+        for stage in self.plan.stages:  # a number of stages that the encoder does not have is found before long work
+            self.model.encoder.set_trainable(stage.encoder_stages)
+        self.model.encoder.set_trainable(None)
+        if self.init_from is not None:
+            start_from(self.model, load_checkpoint(None if self.init_from == "bundled" else self.init_from))
         # In bfloat16, convolutions on a CPU are up to 1.5 times as fast with channels last; on a GPU faster too.
         self.model.encoder.to(memory_format=torch.channels_last)
+        if self.compile_decoder:
+            self.model.decoder.compile(dynamic=True)
+
+    def _model_config(self) -> ModelConfig:
+        base, size = self._data.base, self.tokenizer.vocabulary_size
+        if base is None:
+            decoder = self.decoder or "multihead"
+            return ModelConfig(
+                decoder=decoder,
+                vocabulary_size=size,
+                max_tokens=self._data.max_tokens,
+                preprocessing=self._data.preprocessing,
+                encoder=self.encoder_config or EncoderConfig(),
+                decoder_settings=DECODER_CONFIGS[decoder].from_dict(self.decoder_settings or {}),
+            )
+        settings = base.decoder_settings.to_dict()
+        for name, given, own in (
+            ("decoder", self.decoder, base.decoder),
+            ("encoder", self.encoder_config, base.encoder),
+            ("decoder_settings", {**settings, **(self.decoder_settings or {})}, settings),
+        ):
+            if given not in (None, own):
+                raise ConfigError(
+                    f"model.{name}={given} differs from that of the model {self.init_from!r}, {own}; leave it out"
+                )
+        return dataclasses.replace(base, vocabulary_size=size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to export the checkpoint without the data."""
-        checkpoint["captioner"] = {"model": self.model.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
+        checkpoint["captioner"] = {
+            "model": self.model.config.to_dict(),
+            "tokenizer": self.tokenizer.to_json(),
+            "command": " ".join(["python -m training", *sys.argv[1:]]),
+        }
 
-    def on_train_epoch_start(self) -> None:
-        """Freeze or free the encoder."""
-        frozen = self.hparams["frozen_epochs"]
-        trained = frozen >= 0 and self.current_epoch >= frozen
-        self.model.encoder.set_trainable(None if trained else 0)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model.
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        Args:
+            checkpoint: of Lightning.
+
+        Raises:
+            CheckpointError: when it was not written by this module, or has another shape or vocabulary.
+            DataError: when it was trained on other data.
+            ConfigError: when an option has changed that fixes the order of the data.
+        """
+        stored = checkpoint.get("captioner")
+        if stored is None:
+            raise CheckpointError("--ckpt_path: not a checkpoint of `python -m training fit`")
+        # First, for other data have another vocabulary too. Lightning would come to it last.
+        self._data.load_state_dict(checkpoint["CaptionData"])
+        own = self.model.config.to_dict()
+        different = [name for name, value in own.items() if stored["model"].get(name) != value]
+        if different:
+            name = different[0]
+            raise CheckpointError(
+                f"--ckpt_path: the checkpoint has {name} {stored['model'].get(name)}, the config {own[name]}; resume "
+                "with the config of that run, or start from it with model.init_from after an export"
+            )
+        if stored["tokenizer"] != self.tokenizer.to_json():
+            raise CheckpointError(
+                "--ckpt_path: the checkpoint has another vocabulary; resume with data.min_count and model.init_from "
+                "of that run"
+            )
+        self._resumed_epoch = checkpoint["epoch"]
+
+    # --- Training ---
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Enter the epoch's stage, and seed what is random: a resumed run draws what an unbroken one would."""
+        if self._entered != self.current_epoch:
+            self._entered = self.current_epoch
+            stage = self.plan.at(self.current_epoch).stage
+            if stage.encoder == "frozen":
+                self.model.encoder.set_trainable(0)
+            else:
+                self.model.encoder.set_trainable(stage.encoder_stages, batch_norm=stage.encoder_batch_norm)
+        torch.manual_seed(stateless_seed(self.seed, batches_done(self.trainer), self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        loss = self._loss(batch, smoothing=self.hparams["label_smoothing"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=batch.pixels.shape[0])
+        if batch.bad:
+            self._data.note_bad(batch.bad)
+        stage = self.plan.at(self.current_epoch).stage
+        if not batch.names:  # every picture was bad: nothing to learn, and all processes go on together
+            for _ in range(2 if stage.cross_entropy_weight else 1):
+                self._share(batch.tokens)
+            return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
+        grid_BPC = self._grid(batch, train=stage.encoder == "finetune")
+        if stage.objective == "self_critical":
+            loss = self._self_critical(grid_BPC, batch, stage)
+        else:
+            loss = self._cross_entropy(grid_BPC, batch, stage)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.names))
+        for group in self.trainer.optimizers[0].param_groups[::2]:  # with and without decay the rate is the same
+            self.log(f"rate_{group['name']}", group["lr"], batch_size=len(batch.names))
         return loss
 
-    def _loss(self, batch: Batch, *, smoothing: float) -> Tensor:
-        pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
-        logits_NTV, _ = self.model(pixels, batch.tokens[:, :-1])
-        return cross_entropy(
-            logits_NTV.flatten(0, 1).float(),
-            batch.tokens[:, 1:].flatten(),
-            ignore_index=Tokenizer.pad_id,
-            label_smoothing=smoothing,
-        )
+    def _grid(self, batch: Batch, *, train: bool) -> Tensor:
+        if batch.cached:
+            return batch.pictures.float()
+        pixels_B3SS = batch.pictures.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            grid_BPC: Tensor = self.model.encoder(pixels_B3SS)
+        return grid_BPC
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Log the loss and caption the pictures."""
-        self.log("val_loss", self._loss(batch, smoothing=0.0), batch_size=batch.pixels.shape[0])
+    def _cross_entropy(self, grid_BPC: Tensor, batch: Batch, stage: Stage) -> Tensor:
+        decoder, inputs_NT, targets_NT = self.model.decoder, batch.tokens[:, :-1], batch.tokens[:, 1:]
+        special = (Tokenizer.pad_id, Tokenizer.start_id, Tokenizer.end_id)
+        probability = self._scheduled(stage)
+        if probability:
+            with torch.no_grad():
+                logits_NTV, _ = decoder(grid_BPC.detach(), inputs_NT)
+            inputs_NT = scheduled_inputs(
+                inputs_NT, logits_NTV, probability=probability, special_ids=(*special, Tokenizer.unknown_id)
+            )
+        if stage.drop_words:
+            inputs_NT = drop_words(
+                inputs_NT, probability=stage.drop_words, unknown_id=Tokenizer.unknown_id, special_ids=special
+            )
+        if stage.attention_regularisation:
+            logits_NTV, attention_NTP = decoder(grid_BPC, inputs_NT)
+            loss = caption_cross_entropy(logits_NTV, targets_NT, label_smoothing=stage.label_smoothing)
+            # A mean over captions, of which all processes have the same number.
+            regulariser = stage.attention_regularisation * attention_regulariser(attention_NTP, targets_NT)
+            return loss * self._share(targets_NT) + regulariser
+        logits_NTV, targets = self._predict(grid_BPC, inputs_NT, targets_NT)
+        loss = caption_cross_entropy(logits_NTV, targets, label_smoothing=stage.label_smoothing)
+        return loss * self._share(targets_NT)
+
+    def _predict(self, grid_BPC: Tensor, inputs_NT: Tensor, targets_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and their targets; where that saves time, those of the positions that are no padding alone."""
+        decoder = self.model.decoder
+        # A GPU would be waited for to count the positions, and a compiled decoder is compiled for its forward alone.
+        if not isinstance(decoder, MultiheadDecoder) or self.compile_decoder or inputs_NT.device.type != "cpu":
+            return decoder(grid_BPC, inputs_NT)[0], targets_NT
+        real_NT = targets_NT != Tokenizer.pad_id
+        return decoder.logits_at(grid_BPC, inputs_NT, real_NT)[None], targets_NT[real_NT][None]
+
+    def _share(self, targets_NT: Tensor) -> Tensor | float:
+        """Return this process's share of all targets, times the processes: their mean loss is then that of one."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        own = (targets_NT != Tokenizer.pad_id).sum().float()
+        everybody = own.clone()
+        torch.distributed.all_reduce(everybody)
+        return own * self.trainer.world_size / everybody.clamp(min=1)
+
+    def _scheduled(self, stage: Stage) -> float:
+        epochs = batches_done(self.trainer) / self.trainer.num_training_batches
+        return stage.scheduled_sampling * (epochs - self.plan.at(self.current_epoch).first_epoch) / stage.epochs
+
+    def _self_critical(self, grid_BPC: Tensor, batch: Batch, stage: Stage) -> Tensor:
+        decoder, config = self.model.decoder, stage.reward
+        vocabulary = search_vocabulary(self.tokenizer)
+        decoder.eval()  # no dropout: what is made more probable is the model that drew, and that will be used
+        try:
+            tokens_NT = sample(
+                decoder,
+                grid_BPC.detach(),
+                vocabulary=vocabulary,
+                samples=config.samples,
+                max_tokens=self._data.max_tokens,
+                pad_id=Tokenizer.pad_id,
+            )
+            start_N1 = torch.full_like(tokens_NT[:, :1], Tokenizer.start_id)
+            logits_NTV, _ = decoder(grid_BPC, torch.cat([start_N1, tokens_NT[:, :-1]], dim=1))
+            greedy = self._greedy(grid_BPC) if config.baseline == "greedy" else None
+        finally:
+            decoder.train()
+        reward = self._reward(config)
+        names = [name for name in batch.names for _ in range(config.samples)]
+        rewards_BS = reward.score(names, tokens_NT.tolist()).reshape(-1, config.samples)
+        greedy_B = None if greedy is None else reward.score(batch.names, greedy)
+        self.log("train_reward", float(rewards_BS.mean()), prog_bar=True, batch_size=len(batch.names))
+        gain_N = torch.as_tensor(
+            advantages(rewards_BS, baseline=config.baseline, greedy_B=greedy_B), dtype=torch.float32
+        ).flatten()
+        mask_NT = tokens_NT != Tokenizer.pad_id
+        log_probabilities_NT = word_log_probabilities(logits_NTV, tokens_NT, never_ids=vocabulary.never_ids)
+        loss = self_critical_loss(log_probabilities_NT, mask_NT, gain_N.to(self.device)) * self._share(tokens_NT)
+        weight = stage.cross_entropy_weight
+        return loss if not weight else (1 - weight) * loss + weight * self._cross_entropy(grid_BPC, batch, stage)
+
+    def _greedy(self, grid_BPC: Tensor) -> list[list[int]]:
+        """Return what greedy search writes: words, then the end where the sentence came to one."""
+        found = search(
+            self.model.decoder,
+            grid_BPC.detach(),
+            vocabulary=search_vocabulary(self.tokenizer),
+            options=SearchOptions(method="greedy", max_words=self._data.max_tokens - 1),
+        )
+        best = [hypotheses[0] for hypotheses in found]
+        return [[*h.token_ids, *([Tokenizer.end_id] if h.finished else [])] for h in best]
+
+    def _reward(self, config: RewardConfig) -> CaptionReward:
+        if config not in self._rewards:
+            references = {picture.name: picture.captions for picture in self._data.pictures["train"]}
+            self._rewards[config] = CaptionReward(references, tokenizer=self.tokenizer, config=config)
+        return self._rewards[config]
+
+    # --- Validation ---
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the loss and caption the pictures."""
+        self._found.bad |= {bad.name: bad for bad in batch.bad}
+        if not batch.names:
+            return
+        grid_BPC, targets_NT = self._grid(batch, train=False), batch.tokens[:, 1:]
+        logits_NTV, _ = self.model.decoder(grid_BPC, batch.tokens[:, :-1])
+        words = int((targets_NT != Tokenizer.pad_id).sum())
+        self._found.loss += words * float(caption_cross_entropy(logits_NTV, targets_NT, label_smoothing=0.0))
+        self._found.words += words
         with torch.autocast(self.device.type, enabled=False):
             found = search(
                 self.model.decoder,
-                self.model.encoder(batch.pixels.contiguous(memory_format=torch.channels_last)),
+                self._grid(batch, train=False),  # once more, in float32, as in use
                 vocabulary=search_vocabulary(self.tokenizer),
                 options=self.search_options,
             )
         for name, hypotheses in zip(batch.names, found, strict=True):
-            self._captions[name] = self.tokenizer.sentence(hypotheses[0].token_ids)
+            self._found.captions[name] = self.tokenizer.sentence(hypotheses[0].token_ids)
 
     def on_validation_epoch_end(self) -> None:
-        """Log BLEU-4 and CIDEr-D (x100) of the captions."""
-        references = {name: text for name, text in self._data.references().items() if name in self._captions}
-        scores = evaluate(self._captions, references).scores
-        self._captions = {}
-        self.log("val_bleu4", scores["BLEU-4"], prog_bar=True)
-        self.log("val_cider", scores["CIDEr-D"], prog_bar=True)
+        """Score the captions of all processes; log the mean loss of a word, BLEU-4, CIDEr-D and ROUGE-L (x100)."""
+        parts = [self._found]
+        if self.trainer.world_size > 1:
+            parts = [_Found()] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self._found)
+        self._found = _Found()
+        self._data.note_bad([bad for part in parts for bad in part.bad.values()])
+        self.captions = {name: caption for part in parts for name, caption in part.captions.items()}
+        references = {name: texts for name, texts in self._data.references().items() if name in self.captions}
+        if not references:
+            raise DataError("no dev picture could be read; see bad_pictures.txt in the run's folder")
+        self.log("val_loss", sum(part.loss for part in parts) / sum(part.words for part in parts), sync_dist=True)
+        self.scores = dict(evaluate(self.captions, references).scores)
+        for metric, name in _SCORES.items():
+            self.log(name, self.scores[metric], prog_bar=metric != "ROUGE-L", sync_dist=True)
+
+    # --- Optimiser ---
 
     def configure_optimizers(self) -> Any:
-        """AdamW; matrices decay, vectors and scalars do not; the encoder has a rate of its own."""
-        total = int(self.trainer.estimated_stepping_batches)
-        frozen = self.hparams["frozen_epochs"]
-        first = total if frozen < 0 else total * frozen // max(cast(int, self.trainer.max_epochs), 1)
+        """AdamW; matrices decay, vectors and scalars do not; each stage has its rates."""
+        if self._resumed_epoch < self.plan.cached_epochs:
+            self._data.use_cache(self.model.encoder, epochs=self.plan.cached_epochs)
+        steps = math.ceil(self._data.train_batches() / self.trainer.accumulate_grad_batches)
         groups: list[dict[str, Any]] = []
-        schedules: list[Callable[[int], float]] = []
-        for part, rate, begin in (
-            (self.model.decoder, self.hparams["learning_rate"], 0),
-            (self.model.encoder, self.hparams["encoder_learning_rate"], first),
-        ):
-            parameters = list(part.parameters())
+        rates: list[Any] = []
+        for part in ("decoder", "encoder"):
+            parameters = list(getattr(self.model, part).parameters())
             for decay, chosen in (
-                (self.hparams["weight_decay"], [p for p in parameters if p.ndim > 1]),
+                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
                 (0.0, [p for p in parameters if p.ndim <= 1]),
             ):
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-                schedules.append(WarmupCosine(begin=begin, warmup=self.hparams["warmup_steps"], total=total))
+                groups.append({"params": chosen, "lr": 1.0, "weight_decay": decay, "name": part})
+                # A partial object: the scheduler's state, which is stored, then holds nothing of ours.
+                rates.append(functools.partial(self.plan.rate, steps_per_epoch=steps, part=part))
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class WarmupCosine:
-    """Factor of the learning rate: 0 before `begin`, a linear rise, then half a cosine down to 0 at `total`.
+def start_from(model: CaptionModel, base: Checkpoint) -> None:
+    """Copy the weights of a model into one with the same shape and the same or a longer vocabulary.
 
-    A class, not a function within one, so that it can be pickled.
+    A new word starts at the unknown word's place, where words that the base did not know were read.
 
     Args:
-        begin: first step.
-        warmup: steps of the rise.
-        total: last step.
+        model: filled in place.
+        base: where the weights come from; its words are the first of the model's.
+
+    Raises:
+        CheckpointError: when the shapes do not go together.
     """
-
-    def __init__(self, *, begin: int, warmup: int, total: int) -> None:
-        self.begin, self.warmup, self.total = begin, warmup, total
-
-    def __call__(self, step: int) -> float:
-        """Return the factor at a step, in [0, 1]."""
-        since = step - self.begin
-        if since < 0:
-            return 0.0
-        if since < self.warmup:
-            return (since + 1) / self.warmup
-        share = (since - self.warmup) / max(1, self.total - self.begin - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    old, unknown = base.model.state_dict(), Tokenizer.unknown_id
+    size, larger = base.model.config.vocabulary_size, model.config.vocabulary_size
+    filled = {}
+    for name, value in model.state_dict().items():
+        given = old.get(name)
+        if given is not None and given.shape == value.shape:
+            filled[name] = given
+        elif given is not None and given.shape[1:] == value.shape[1:] and (len(given), len(value)) == (size, larger):
+            filled[name] = torch.cat([given, given[unknown].expand_as(value[size:])])
+        else:
+            shape = None if given is None else tuple(given.shape)
+            raise CheckpointError(f"model.init_from: {name} has shape {shape}, the config needs {tuple(value.shape)}")
+    model.load_state_dict(filled)

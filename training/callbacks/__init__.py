@@ -1,0 +1,31 @@
+"""What watches a training run, without taking part in it. Each is a Lightning callback or plugin, named in YAML.
+
+trainer:
+  callbacks:
+    - class_path: training.callbacks.HealthCheck
+    - class_path: training.callbacks.PictureLog
+    - class_path: training.callbacks.RunRecord
+    - class_path: training.callbacks.RunEta
+  plugins:
+    - class_path: training.callbacks.SafeCheckpointIO
+"""
+
+from training.callbacks.checkpoints import SafeCheckpointIO
+from training.callbacks.health import HealthCheck
+from training.callbacks.last import LastCheckpoint
+from training.callbacks.pictures import PictureLog
+from training.callbacks.progress import RunEta
+from training.callbacks.protocols import Picture, RunData, RunModule
+from training.callbacks.record import RunRecord
+
+__all__ = [
+    "HealthCheck",
+    "LastCheckpoint",
+    "Picture",
+    "PictureLog",
+    "RunData",
+    "RunEta",
+    "RunModule",
+    "RunRecord",
+    "SafeCheckpointIO",
+]
