@@ -52,7 +52,8 @@ from torch.utils.data import DataLoader
 from captioner.encoder import Encoder
 from captioner.tokenizer import Tokenizer
 from training.batches import Batch, collate
-from training.data import CaptionData, CaptionDataset
+from training.data import CaptionData
+from training.datasets import CaptionDataset
 from training.features import features_key
 from training.module import CaptionModule
 from training.stages import Stage
