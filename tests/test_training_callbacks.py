@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from captioner import Captioner, CheckpointError, ConfigError, DataError
 from captioner.tokenizer import Tokenizer
-from training.callbacks import HealthCheck, PictureLog, RunEta, RunRecord, SafeCheckpointIO
+from training.callbacks import HealthCheck, PictureLog, RunEta, RunRecord, SafeCheckpointIO, WarmAveraging
 from training.callbacks.files import write_whole
 from training.callbacks.pictures import spread
 from training.callbacks.progress import RemainingTime
@@ -806,3 +806,21 @@ def test_all_of_it_is_named_in_yaml(tmp_path):
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert read(tmp_path)["status"] == "finished"
     assert len(read_scores(tmp_path)) == 3
+
+
+# --- Averaging ---
+
+
+def test_an_average_follows_the_weights_from_the_first_steps_on():
+    averaging = WarmAveraging(decay=0.99)
+    mean, seen = [torch.zeros(3)], [torch.tensor(5)]
+    for step in range(30):
+        assert averaging.should_update(step_idx=step)
+        averaging._average(mean, [torch.ones(3)], None)
+        averaging._average(seen, [torch.tensor(step)], None)
+    assert mean[0].min() > 0.99  # with a fixed decay 0.26 would be left to go
+    assert int(seen[0]) == 29
+    assert not averaging.should_update(epoch_idx=0)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ConfigError, match="decay"):
+            WarmAveraging(decay=wrong)

@@ -11,6 +11,7 @@ import torch
 from training_runs import command, error_line, fit, recipe, write_table
 
 from training import data as training_data
+from training import datasets as training_datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?si).*deprecat", "ignore:.*many workers")
 
@@ -22,13 +23,13 @@ def data_root(tmp_path_factory):
 
 @pytest.fixture
 def no_long_work(monkeypatch):
-    """Fail if features are computed or a picture is opened."""
+    """Fail if features are computed or a picture is opened for training; a few are tried before."""
 
     def refuse(*arguments, **options):
         raise AssertionError("long work has begun")
 
     monkeypatch.setattr(training_data, "prepare_features", refuse)
-    monkeypatch.setattr(training_data, "open_picture", refuse)
+    monkeypatch.setattr(training_datasets, "open_picture", refuse)
 
 
 def one_stage(**more):

@@ -264,3 +264,19 @@ def test_rare_words_are_not_learned(tmp_path):
     assert isinstance(data.tokenizer, Tokenizer)
     assert not data.tokenizer.knows("zebra")
     assert data.tokenizer.knows("circle")
+
+
+def test_one_dev_picture_is_refused(tmp_path):
+    data = CaptionData(str(write_table(tmp_path / "data", train=3, dev=1)), min_count=1)
+    with pytest.raises(DataError, match="one dev picture"):
+        data.setup("fit")
+
+
+def test_beyond_the_limit_every_bad_picture_is_listed_before_any_work(tmp_path):
+    root = write_table(tmp_path / "data", train=8, dev=3)
+    for index in range(6):
+        (root / f"{index}.jpg").write_bytes(b"no picture")
+    data = CaptionData(str(root), min_count=1, bad_picture_limit=0.3)
+    with pytest.raises(DataError, match="6 of 11 pictures cannot be used"):
+        data.setup("fit")
+    assert sorted(data.bad) == [f"{index}.jpg" for index in range(6)]

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?si).*deprecat", "ignore:.*WeightAveraging", "ignore:(?s).*serialize"),
     pytest.mark.filterwarnings("ignore:.*not resumable", "ignore:The dirpath has changed"),  # it is; on purpose
 ]
-EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+EMA = {"class_path": "training.callbacks.WarmAveraging", "init_args": {"decay": 0.5}}
 
 
 class KillItself(lightning.Callback):

@@ -450,7 +450,7 @@ def test_both_splits_have_a_picture_and_each_picture_one_split(many_pictures, nu
     assert not found["train"] & found["dev"]
 
 
-@given(st.sets(st.integers(0, 399), min_size=100, max_size=300), st.sets(st.integers(0, 399)))
+@given(st.sets(st.integers(0, 399), min_size=200, max_size=300), st.sets(st.integers(0, 399)))
 def test_a_picture_stays_in_its_split_when_others_are_added(many_pictures, before, added):
     first = split_of_table(many_pictures, [f"{k}.jpg" for k in sorted(before)])
     second = split_of_table(many_pictures, [f"{k}.jpg" for k in sorted(before | added, reverse=True)])
@@ -564,3 +564,9 @@ def test_a_name_that_no_file_can_have_is_a_missing_picture(tmp_path):
     content = read_source(table(tmp_path, text, "captions.jsonl"))
     assert [bad.name for bad in content.missing] == [r"\ud800.jpg", r"a\x00.jpg", f"{'x' * 200}...{'x' * 80}"]
     assert all(isinstance(bad, BadPicture) and bad.message.isprintable() for bad in content.missing)
+
+
+def test_of_few_pictures_a_quarter_or_five_is_dev(many_pictures):
+    for count, dev in ((2, 1), (8, 2), (24, 5)):
+        split = split_of_table(many_pictures, [f"{k}.jpg" for k in range(count)])
+        assert (len(split["dev"]), len(split["train"])) == (dev, count - dev)

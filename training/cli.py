@@ -7,6 +7,7 @@ import errno
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -23,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from captioner.checkpoint import CONFIG
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
 from training import export
 from training.callbacks import HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord
@@ -38,6 +40,8 @@ _NOISE = {
 _NOISY_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)` is deprecated",
     r".*exists and is not empty",  # `last.ckpt` is replaced, and the others have names of their own
+    r".*WeightAveraging.*overrides .*configure_model",  # a model of this size fits
+    r".*Precision .* is not supported by the model summary",
     r".*your dataloader is not resumable",  # it is: see `LengthBatchSampler`
 )
 
@@ -74,11 +78,14 @@ class CaptionCLI(LightningCLI):
 
         Raises:
             CheckpointError: for a `ckpt_path` that is no checkpoint of ours.
+            ConfigError: for an `export` folder that cannot be written.
         """
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None:
-            _check_checkpoint(Path(path))
+        settings = self.config[self.config.subcommand]
+        if settings.get("ckpt_path") is not None:
+            _check_checkpoint(Path(settings["ckpt_path"]))
+        if settings.get("export") is not None:
+            _check_export(Path(settings["export"]))
 
     def instantiate_classes(self) -> None:
         """Make module, data and trainer.
@@ -141,6 +148,15 @@ def _check_checkpoint(path: Path) -> None:
         raise CheckpointError(f"--ckpt_path {path}: damaged, or not a checkpoint; name another one") from err
     if not ours:
         raise CheckpointError(f"--ckpt_path {path}: not a checkpoint of `python -m training fit`; name another one")
+
+
+def _check_export(folder: Path) -> None:
+    """Refuse a model folder that could not be written after the training."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"--export {folder}: {there} is no folder that can be written; choose another place")
+    if there == folder.absolute() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise ConfigError(f"--export {folder}: holds other files than a model's; choose an empty or a new folder")
 
 
 # --- What the parser says, in one line ---

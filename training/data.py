@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 from captioner.checkpoint import load_checkpoint
 from captioner.config import ModelConfig, PreprocessingConfig
 from captioner.encoder import Encoder
-from captioner.errors import ConfigError, DataError
+from captioner.errors import ConfigError, DataError, ImageError
+from captioner.images import open_picture
 from captioner.tokenizer import Tokenizer
 from training.augmentation import Augmentation
 from training.batches import LengthBatchSampler, collate
@@ -23,11 +25,35 @@ from training.features import FeatureStore, prepare_features
 from training.shards import find_shards, read_captions
 from training.sources import SHUFFLE_BUFFER, BadPicture, CaptionedPicture, DataSource, data_hash, read_source
 
+TRIED = 4  # pictures of a split that are opened before the training
+LOOK_SIDE_PX = 32
+
 
 def batches_done(trainer: lightning.Trainer) -> int:
     """Return how many batches the run has processed in all, on this process; a resumed run counts on."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return int(progress.total.processed)
+
+
+def unreadable(pictures: Sequence[CaptionedPicture]) -> list[BadPicture]:
+    """Return the pictures that cannot be opened, looking at all of them.
+
+    Args:
+        pictures: in files.
+
+    Returns:
+        What is wrong with each, in order.
+    """
+
+    def fault(picture: CaptionedPicture) -> BadPicture | None:
+        try:
+            open_picture(picture.path, side_px=LOOK_SIDE_PX)
+        except ImageError as err:
+            return BadPicture(picture.name, str(err))
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [bad for bad in pool.map(fault, pictures) if bad is not None]
 
 
 class CaptionData(lightning.LightningDataModule):
@@ -171,6 +197,13 @@ class CaptionData(lightning.LightningDataModule):
             self.pictures = dict(content.pictures)
             self.note_bad(content.missing, check=False)
         self.note_bad(())
+        if len(self.pictures["dev"]) < 2:
+            raise DataError(
+                f"{self.source.root}: one dev picture, on which CIDEr-D is always 0; give at least two, or of a table "
+                "without splits a larger data.dev_share"
+            )
+        if not self._shards:
+            self._try_some()
         captions = [caption for picture in self.pictures["train"] for caption in picture.captions]
         if self.init_from is None:
             self.tokenizer = Tokenizer.train(captions, min_count=self.min_count)
@@ -203,20 +236,35 @@ class CaptionData(lightning.LightningDataModule):
             check: whether to stop beyond the limit.
 
         Raises:
-            DataError: when there are more than `bad_picture_limit` allows; it lists them.
+            DataError: when there are more than `bad_picture_limit` allows. All pictures are then looked at, so that
+                `bad` and with it `bad_pictures.txt` name all that cannot be used.
         """
         self.bad |= {bad.name: bad for bad in found}
+        if not check or not self.bad:
+            return
+        pictures = [picture for of_split in self.pictures.values() for picture in of_split]
         # What is missing from the start is in `bad` and not in `pictures`.
-        names = {picture.name for pictures in self.pictures.values() for picture in pictures} if self.bad else set()
-        total = len(names | self.bad.keys())
-        if check and len(self.bad) > self.bad_picture_limit * total:
-            shown = "; ".join(bad.message for bad in list(self.bad.values())[:5])
-            more = f"; and {len(self.bad) - 5} more" if len(self.bad) > 5 else ""
-            raise DataError(
-                f"{self.source.root}: {len(self.bad)} of {total} pictures cannot be used, more than "
-                f"data.bad_picture_limit={self.bad_picture_limit:g} allows: {shown}{more}; mend them, or raise the "
-                "limit"
-            )
+        total = len({picture.name for picture in pictures} | self.bad.keys())
+        if len(self.bad) <= self.bad_picture_limit * total:
+            return
+        if not self._shards:
+            self.bad |= {bad.name: bad for bad in unreadable(pictures)}
+        shown = "; ".join(bad.message for bad in list(self.bad.values())[:5])
+        more = f"; and {len(self.bad) - 5} more" if len(self.bad) > 5 else ""
+        raise DataError(
+            f"{self.source.root}: {len(self.bad)} of {total} pictures cannot be used, more than "
+            f"data.bad_picture_limit={self.bad_picture_limit:g} allows: {shown}{more}; mend them, or raise the limit"
+        )
+
+    def _try_some(self) -> None:
+        """Look whether pictures can be read at all, before any long work."""
+        for split in ("train", "dev"):
+            some = self.pictures[split][:TRIED]
+            found = unreadable(some)
+            if len(found) == len(some):
+                self.note_bad(found)
+            if len(self.pictures[split]) == len(found):
+                raise DataError(f"{self.source.root}: no picture of split {split!r} can be read: {found[0].message}")
 
     def references(self) -> dict[str, tuple[str, ...]]:
         """Return the reference captions of the dev pictures by name."""

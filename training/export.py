@@ -76,7 +76,7 @@ def load_run(path: Path) -> Run:
         raise CheckpointError(f"{path}: no such checkpoint; name a .ckpt file of a run folder") from err
     except Exception as err:  # zip, pickle, missing keys, other shapes: whatever a foreign file brings
         raise CheckpointError(
-            f"{path}: not a checkpoint of `python -m training fit`: {str(err).splitlines()[0] if str(err) else err!r}"
+            f"{path}: damaged, or not a checkpoint of `python -m training fit`; name a .ckpt file of a run folder"
         ) from err
 
 
@@ -285,7 +285,7 @@ def export(
         CardFacts(
             name=name,
             command=command or run.command,
-            data=f"{data or 'Data: not described by who trained it.'} {len(train)} pictures with "
+            data=f"{data or 'Data: not described; `export --data` would say what it is.'} {len(train)} pictures with "
             f"{sum(len(picture.captions) for picture in train)} captions, format {source.source.format}.",
             data_sha256=run.data_sha256,
             evaluation=evaluation,

@@ -33,6 +33,7 @@ from captioner.metrics.readers import (
 from training.tables import read_cell, read_rows
 
 DEV_SHARE = 0.1
+FEWEST_DEV = 5
 SHUFFLE_BUFFER = 1000
 _OPTIONS = {
     "flickr8k": ("images",),
@@ -115,7 +116,8 @@ class DataSource:
             be a list.
         split_column: table; the column with "train", "dev" (or "val") or "test"; default: split, if there is one.
         dev_share: table without splits; about this share of the pictures becomes dev, by a hash of the name, so that
-            a picture stays where it is when others are added; default: 0.1. Dev and train get at least one picture
+            a picture stays where it is when others are added; default: 0.1, but at least 5 pictures
+            or, of fewer than 20, a quarter. Dev and train get at least one picture
             each, which may change places when a set is so small that its share would hold none.
         train_shards: shards; tar files such as train-{000000..000099}.tar, or with * and ?.
         dev_shards: shards; likewise.
@@ -212,7 +214,7 @@ def read_source(source: DataSource) -> SourceContent:
     missing: list[BadPicture] = []
     usable = {split: list(_usable(pictures, missing)) for split, pictures in found.items()}
     if _UNDIVIDED in usable:
-        usable = _divide(root, usable[_UNDIVIDED], DEV_SHARE if source.dev_share is None else source.dev_share)
+        usable = _divide(root, usable[_UNDIVIDED], source.dev_share)
     for split in ("train", "dev"):
         if not usable.get(split):
             named = len(found.get(split) or found.get(_UNDIVIDED) or ())
@@ -295,14 +297,15 @@ def _picture(name: str, folder: Path, captions: Iterable[str]) -> CaptionedPictu
     return CaptionedPicture(name, folder / name, tuple(caption.strip() for caption in captions))
 
 
-def _divide(root: Path, pictures: list[CaptionedPicture], dev_share: float) -> dict[str, list[CaptionedPicture]]:
-    """Choose the dev pictures by a hash of their names."""
+def _divide(root: Path, pictures: list[CaptionedPicture], dev_share: float | None) -> dict[str, list[CaptionedPicture]]:
+    """Choose the dev pictures by a hash of their names; without a wanted share, of few pictures a quarter."""
     if len(pictures) == 1:
         raise DataError(f"{root}: only one usable picture; training needs at least two, one of them for dev")
     place = {picture.name: _hash_share(picture.name) for picture in pictures}
-    dev = {name for name, share in place.items() if share < dev_share}
-    if pictures and not dev:
-        dev = {min(place, key=lambda name: place[name])}
+    dev = {name for name, share in place.items() if share < (DEV_SHARE if dev_share is None else dev_share)}
+    fewest = max(1, min(FEWEST_DEV, len(pictures) // 4)) if dev_share is None else 1
+    if len(dev) < fewest:
+        dev = set(sorted(place, key=lambda name: place[name])[:fewest])
     if len(dev) == len(pictures) > 0:
         dev.remove(max(place, key=lambda name: place[name]))
     return {

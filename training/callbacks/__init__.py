@@ -10,6 +10,7 @@ trainer:
     - class_path: training.callbacks.SafeCheckpointIO
 """
 
+from training.callbacks.averaging import WarmAveraging
 from training.callbacks.checkpoints import SafeCheckpointIO
 from training.callbacks.health import HealthCheck
 from training.callbacks.last import LastCheckpoint
@@ -28,4 +29,5 @@ __all__ = [
     "RunModule",
     "RunRecord",
     "SafeCheckpointIO",
+    "WarmAveraging",
 ]
