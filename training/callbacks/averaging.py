@@ -14,8 +14,9 @@ from captioner.errors import ConfigError
 class WarmAveraging(WeightAveraging):
     """Averages the weights exponentially; what is validated and exported is the average.
 
-    The decay rises with the steps, min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage:
-    with a fixed one, a run of few steps would end with an average that is mostly the weights that it began with.
+    Up to the step where it reaches the decay, the average is that of all steps so far, weighted by their number
+    (polynomial-decay averaging, Shamir & Zhang 2013): with a fixed decay, a run of few steps would
+    end with an average that is mostly the weights that it began with.
 
     Args:
         decay: that the average reaches; the higher, the more steps it looks back on.
@@ -47,7 +48,7 @@ class WarmAveraging(WeightAveraging):
 
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
-        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        decay = min(self.decay, self._step / (self._step + 2))
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1 - decay)
         else:  # numbers of batches seen
