@@ -13,7 +13,6 @@ from captioner import ConfigError
 from captioner.tokenizer import Tokenizer
 from training import objectives
 from training.objectives import (
-    SamplingSchedule,
     attention_regulariser,
     caption_cross_entropy,
     drop_words,
@@ -206,12 +205,6 @@ def test_scheduled_inputs_keep_a_first_word_that_nothing_predicts():
     assert (inputs[:, 1] != 5).any()
 
 
-def test_schedule_rises_from_zero_by_equal_steps_to_its_maximum():
-    schedule = SamplingSchedule(maximum=0.25, rise_per_epoch=0.1, first_epoch=2)
-    assert [schedule.probability(epoch) for epoch in range(7)] == pytest.approx([0, 0, 0, 0.1, 0.2, 0.25, 0.25])
-    assert SamplingSchedule(maximum=0.0).probability(50) == 0
-
-
 # ---------------------------------------------------------------- self-critical training
 
 
@@ -300,14 +293,6 @@ def test_probabilities_out_of_range_are_named(wrong):
         drop_words(tokens, probability=wrong, unknown_id=UNKNOWN, special_ids=SPECIAL)
     with pytest.raises(ConfigError, match="scheduled sampling"):
         scheduled_inputs(tokens, logits, probability=wrong, special_ids=SPECIAL)
-    for name in ("maximum", "rise_per_epoch"):
-        with pytest.raises(ConfigError, match=name):
-            SamplingSchedule(**{name: wrong})
-
-
-def test_schedule_refuses_an_epoch_before_the_first():
-    with pytest.raises(ConfigError, match="first_epoch"):
-        SamplingSchedule(first_epoch=-1)
 
 
 def test_special_tokens_have_the_ids_of_every_vocabulary():

@@ -6,7 +6,6 @@ Shapes: N caption rows, T tokens, V vocabulary, P grid cells. R of the N x T pos
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -156,34 +155,6 @@ def scheduled_inputs(
     inputs_NT = tokens_NT.clone()
     inputs_NT[chosen_NT] = draw(logits_RV, permitted_A, generator=generator)
     return inputs_NT
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSchedule:
-    """How the probability of scheduled sampling rises (the linear decay of Bengio et al. 2015, section 2.4).
-
-    Args:
-        maximum: where the rise stops; 0: no scheduled sampling.
-        rise_per_epoch: how much each epoch adds.
-        first_epoch: the last epoch, counted from 0, with a probability of 0.
-
-    Raises:
-        ConfigError: for a value out of its range.
-    """
-
-    maximum: float = 0.25
-    rise_per_epoch: float = 0.05
-    first_epoch: int = 0
-
-    def __post_init__(self) -> None:
-        _probability("scheduled_sampling.maximum", self.maximum)
-        _probability("scheduled_sampling.rise_per_epoch", self.rise_per_epoch)
-        if self.first_epoch < 0:
-            raise ConfigError(f"scheduled_sampling.first_epoch must be at least 0, got {self.first_epoch}")
-
-    def probability(self, epoch: int) -> float:
-        """Return the probability in an epoch, counted from 0."""
-        return min(self.maximum, self.rise_per_epoch * max(0, epoch - self.first_epoch))
 
 
 def word_log_probabilities(logits_NTV: Tensor, tokens_NT: Tensor, *, never_ids: Sequence[int] = ()) -> Tensor:
