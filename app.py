@@ -79,6 +79,7 @@ STAGE_HTML = """
       <span data-part="note" role="status"></span>
       <span class="legend" aria-hidden="true">less <i data-part="scale"></i> more</span>
     </div>
+    <p data-part="sure" class="sure" role="note" hidden></p>
     <div class="captions">
       <h2>Captions found, best first</h2>
       <ol data-part="captions"></ol>
@@ -113,6 +114,7 @@ STAGE_CSS = """
   min-height: 3.2em; font-size: .9rem; color: var(--body-text-color-subdued); text-align: center; }
 .legend { white-space: nowrap; }
 .legend i { display: inline-block; width: 6rem; height: .6rem; margin: 0 .25rem; border-radius: .3rem; }
+.sure { max-width: 42rem; margin: .5rem auto 0; font-size: .9rem; text-align: center; }
 .captions { margin-top: .75rem; padding-top: 1rem; border-top: 1px solid var(--border-color-primary); }
 .captions h2 { margin-bottom: .5rem; font-size: 1rem; font-weight: 600; }
 .captions ol { padding: 0; list-style: none; }
@@ -195,6 +197,8 @@ function render() {
     item.append(make("span", caption.text), make("span", caption.score.toFixed(2).replace("-", "\\u2212")));
     return item;
   }));
+  part("sure").hidden = value.confidence === null;
+  part("sure").textContent = value.sure;
   choose(-1);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   part("words").scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
@@ -242,8 +246,9 @@ def describe(captioner: Captioner, path: str, name: str, *, beam_size: int, n_be
 
     Returns:
         {"error": message} when the photo or an option is of no use, otherwise {"picture", "width", "height",
-        "words", "captions"}: a data URI; the size of the upright original in pixels; each word with its
-        probability and its map, [rows, columns], scaled to a peak of 1; captions and scores, best first.
+        "words", "captions", "confidence", "sure"}: a data URI; the size of the upright original in pixels; each word
+        with its probability and its map, [rows, columns], scaled to a peak of 1; captions and scores, best first; the
+        confidence, and what it means.
     """
     if isinstance(beam_size, int) and beam_size > MAX_BEAM_SIZE:
         return {"error": f"beam_size must be at most {MAX_BEAM_SIZE} on this page, got {beam_size}"}
@@ -259,7 +264,21 @@ def describe(captioner: Captioner, path: str, name: str, *, beam_size: int, n_be
         "height": height_px,
         "words": _words(caption),
         "captions": [{"text": found.text, "score": found.score} for found in (caption, *caption.alternatives)],
+        "confidence": caption.confidence,
+        "sure": _sure(caption.confidence),
     }
+
+
+def _sure(confidence: float | None) -> str:
+    """Say a confidence in words; of dev captions a quarter lies below 1/3, and pictures of other worlds far below."""
+    if confidence is None:
+        return ""
+    percent = f"Confidence {confidence:.0%}"
+    if confidence < 0.15:
+        return f"{percent}: this caption is probably wrong. The picture is unlike those the model has seen."
+    if confidence < 0.35:
+        return f"{percent}: the model is unsure of this caption; look at the photo before you use it."
+    return f"{percent}: the chance that this is one of the model's better captions."
 
 
 def _words(caption: Caption) -> list[dict[str, Any]]:
@@ -331,7 +350,7 @@ def build_app(captioner: Captioner) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(show_label=False, height=200, placeholder=PLACEHOLDER, buttons=[])
                 strip = _strip(examples)
-                options, again = _search_options()
+                options, again = _search_options(captioner.config.search.beam_size)
             with gr.Column(scale=3, min_width=300):
                 stage = _stage()
         gr.Markdown(PRIVACY, elem_classes="privacy")
@@ -345,9 +364,9 @@ def build_app(captioner: Captioner) -> gr.Blocks:
     return page
 
 
-def _search_options() -> tuple[list[gr.Slider], gr.Button]:
+def _search_options(default_beam_size: int) -> tuple[list[gr.Slider], gr.Button]:
     with gr.Accordion("Search options", open=False):
-        beam_size = gr.Slider(1, MAX_BEAM_SIZE, 3, step=1, label="Beam size", info=BEAM_SIZE_HELP)
+        beam_size = gr.Slider(1, MAX_BEAM_SIZE, default_beam_size, step=1, label="Beam size", info=BEAM_SIZE_HELP)
         n_best = gr.Slider(1, MAX_BEAM_SIZE, 3, step=1, label="Captions", info=N_BEST_HELP)
         return [beam_size, n_best], gr.Button("Caption again")
 

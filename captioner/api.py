@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import numbers
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from captioner.caption import Caption, Word, make_captions, make_word
 from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioner.confidence import confidence
 from captioner.config import ModelConfig, SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
@@ -27,7 +29,6 @@ from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord,
 from captioner.tokenizer import Tokenizer
 
 BATCH_LIMIT = 65_536
-_DEFAULT_MAX_WORDS = SearchOptions().max_words
 
 
 class Captioner:
@@ -94,8 +95,8 @@ class Captioner:
         Args:
             picture: a path, `bytes`, a binary file, a `PIL.Image`, a `uint8` numpy array [H, W, 3], [H, W] or
                 [H, W, 4], or a `uint8` torch tensor [3, H, W].
-            **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`. Where `max_words` is left
-                out, a model that writes fewer words than its default caps it.
+            **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`. What is left out is as
+                the model's own `config.search` says.
 
         Returns:
             The best caption, and up to n_best - 1 others in its `alternatives`.
@@ -183,6 +184,23 @@ class Captioner:
                 yield result
         raise fault
 
+    def features(self, pictures: Sequence[Source]) -> Tensor:
+        """Return what the encoder sees: the features that the decoder attends to.
+
+        Args:
+            pictures: each as for `caption`; at least one.
+
+        Returns:
+            float32 [pictures, grid cells, channels], on the captioner's device; the cells row by row.
+
+        Raises:
+            ImageError: when a picture cannot be read.
+            ConfigError: for no picture.
+        """
+        if not len(pictures):
+            raise ConfigError("features needs at least one picture")
+        return self._encode([self._prepare(picture) for picture in pictures])
+
     def stream(self, picture: Source, **options: Any) -> Iterator[Word]:
         """Caption one picture and give each word as it is found.
 
@@ -245,16 +263,14 @@ class Captioner:
                 f"the sentence has {len(phrase.token_ids)} words, this model reads at most {limit}; shorten it"
             )
         prepared = self._prepare(picture)
-        hypothesis = score_tokens(
-            self.model.decoder, self._encode([prepared]), vocabulary=self._vocabulary, token_ids=phrase.token_ids
-        )
-        return self._captions([prepared], [[hypothesis]])[0]
+        grid_1PC = self._encode([prepared])
+        hypothesis = score_tokens(self.model.decoder, grid_1PC, vocabulary=self._vocabulary, token_ids=phrase.token_ids)
+        return self._captions([prepared], grid_1PC, [[hypothesis]])[0]
 
     def _search_arguments(self, options: dict[str, Any]) -> tuple[SearchOptions, list[Phrase], list[Phrase]]:
-        limit = self.config.max_tokens - 1
-        if limit < _DEFAULT_MAX_WORDS:
-            options = {"max_words": limit, **options}
-        chosen = SearchOptions.from_dict(options)
+        defaults = self.config.search.to_dict()
+        defaults["max_words"] = min(defaults["max_words"], self.config.max_tokens - 1)
+        chosen = SearchOptions.from_dict({**defaults, **options})
         must_include = [self._phrase(text, "must_include") for text in chosen.must_include]
         # What holds a word that the model does not know can never be written: it is banned already.
         ban = [self._phrase(text, "ban") for text in chosen.ban if not self.tokenizer.unknown_words(text)]
@@ -289,9 +305,10 @@ class Captioner:
             return []
         try:
             with _memory_fault_named(options, pictures=len(inputs)):
+                grid_BPC = self._encode(inputs)
                 found = search(
                     self.model.decoder,
-                    self._encode(inputs),
+                    grid_BPC,
                     vocabulary=self._vocabulary,
                     options=options,
                     must_include=must_include,
@@ -305,13 +322,33 @@ class Captioner:
             named = SearchError(f"{inputs[0].name}: {str(err).removeprefix('picture 0 of the batch: ')}", picture=0)
             named.__cause__ = err
             return [named]
-        return [*self._captions(inputs, found)]
+        return [*self._captions(inputs, grid_BPC, found)]
 
-    def _captions(self, inputs: Sequence[_Input], found: Sequence[list[Hypothesis]]) -> list[Caption]:
+    def _captions(self, inputs: Sequence[_Input], grid_BPC: Tensor, found: Sequence[list[Hypothesis]]) -> list[Caption]:
+        familiarity = self.model.familiarity
+        with torch.inference_mode():
+            strangeness = [None] * len(inputs) if familiarity is None else familiarity(grid_BPC).tolist()
         return [
-            make_captions(hypotheses, tokenizer=self.tokenizer, geometry=item.geometry, picture=item.source)
-            for item, hypotheses in zip(inputs, found, strict=True)
+            make_captions(
+                hypotheses,
+                tokenizer=self.tokenizer,
+                geometry=item.geometry,
+                picture=item.source,
+                confidence_of=functools.partial(self._confidence, strangeness=strange),
+            )
+            for item, hypotheses, strange in zip(inputs, found, strangeness, strict=True)
         ]
+
+    def _confidence(self, hypothesis: Hypothesis, *, strangeness: float | None) -> float | None:
+        config = self.config.confidence
+        if config is None or strangeness is None:
+            return None
+        return confidence(
+            config,
+            score=hypothesis.score,
+            log_probabilities=hypothesis.log_probabilities,
+            strangeness=strangeness,
+        )
 
 
 class _Input:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class Caption:
         end_probability: of the sentence ending where it does; None when the model gave that no probability.
         finished: False when the sentence was broken off at `max_words`, where the model would have gone on.
         geometry: sizes of picture, model input and attention grid.
+        confidence: estimated probability, in [0, 1], that the caption is a good one, low too where the picture is
+            strange to the model; None when the model was not calibrated. Its card says what "good" is.
         alternatives: the other captions that were asked for by `n_best`, best first, no two with one text.
         picture: what was captioned, opened again when a figure is drawn; of an array, tensor
             or `PIL.Image`, which its owner may change, a copy of at most 512 px a side.
@@ -60,6 +63,7 @@ class Caption:
     end_probability: float | None
     finished: bool
     geometry: Geometry
+    confidence: float | None = None
     alternatives: tuple[Caption, ...] = ()
     picture: Source | None = dataclasses.field(default=None, repr=False)
 
@@ -100,6 +104,7 @@ class Caption:
             "image": image,
             "caption": self.text,
             "score": self.score,
+            "confidence": self.confidence,
             "words": [{"word": word.text, "probability": word.probability} for word in self.words],
             "alternatives": [{"caption": other.text, "score": other.score} for other in self.alternatives],
             "error": None,
@@ -120,6 +125,7 @@ def error_record(image: str, error: Exception) -> dict[str, Any]:
         "image": image,
         "caption": None,
         "score": None,
+        "confidence": None,
         "words": [],
         "alternatives": [],
         "error": {"type": type(error).__name__, "message": str(error)},
@@ -150,7 +156,12 @@ def make_word(
 
 
 def make_captions(
-    hypotheses: list[Hypothesis], *, tokenizer: Tokenizer, geometry: Geometry, picture: Source | None
+    hypotheses: list[Hypothesis],
+    *,
+    tokenizer: Tokenizer,
+    geometry: Geometry,
+    picture: Source | None,
+    confidence_of: Callable[[Hypothesis], float | None],
 ) -> Caption:
     """Turn what a search found for one picture into its caption and the alternatives.
 
@@ -159,6 +170,7 @@ def make_captions(
         tokenizer: ids → words.
         geometry: of the picture.
         picture: what was captioned.
+        confidence_of: how far each can be trusted.
 
     Returns:
         The best caption, the others among its alternatives.
@@ -179,6 +191,7 @@ def make_captions(
             score=hypothesis.score,
             words=tuple(make_word(*row, geometry.grid_hw) for row in rows),
             end_probability=None if end is None else min(1.0, math.exp(end)),
+            confidence=confidence_of(hypothesis),
             finished=hypothesis.finished,
             geometry=geometry,
             picture=picture,

@@ -26,8 +26,8 @@ from captioner.model import CaptionModel, build_model
 from captioner.tokenizer import Tokenizer
 
 FORMAT = "captioner"
-# Version 1 had no checksum of the settings in config.json; its folders are still read.
-FORMAT_VERSION, READ_VERSIONS = 2, (1, 2)
+# Version 1 had no checksum of the settings in config.json, version 2 no confidence; their folders are still read.
+FORMAT_VERSION, READ_VERSIONS = 3, (1, 2, 3)
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -212,7 +212,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if type(version) is not int or version not in READ_VERSIONS:
         raise CheckpointError(
             f"{folder / CONFIG}: format version {version!r} cannot be read, this Captioner reads version "
-            f"{' and '.join(map(str, READ_VERSIONS))}; upgrade with: pip install -U captioner"
+            f"{', '.join(map(str, READ_VERSIONS))}; upgrade with: pip install -U captioner"
         )
     if not isinstance(description.get("sha256"), dict) or checksum is None:
         raise CheckpointError(f'{folder / CONFIG}: damaged: it needs "model" and "sha256"')

@@ -194,9 +194,13 @@ def _print_json(record: dict[str, Any]) -> None:
 
 def _print_caption(photo: str, result: Caption) -> None:
     name = one_line(photo)
-    say(f"{name}: {one_line(result.text)}")
+    say(f"{name}: {one_line(result.text)}{_sure(result)}")
     for other in result.alternatives:
         say(f"{' ' * len(name)}  {one_line(other.text)}")
+
+
+def _sure(result: Caption) -> str:
+    return "" if result.confidence is None else f" ({result.confidence:.0%} confident)"
 
 
 @app.command()
@@ -226,7 +230,7 @@ def explain(
         complain(err)
         raise typer.Exit(SOME_FAILED) from err
     _save(figure, output)
-    say(f"{one_line(photo)}: {one_line(found.text)}")
+    say(f"{one_line(photo)}: {one_line(found.text)}{_sure(found)}")
     _print_words(found)
     say(f"figure: {one_line(str(output))}")
 

@@ -254,6 +254,60 @@ DECODER_CONFIGS: dict[str, type[RecurrentConfig] | type[MultiheadConfig]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfidenceConfig(_Settings):
+    """How a model's confidence in a caption comes about; fitted, see `captioner.confidence`.
+
+    Args:
+        directions: of the subspace in which the features of familiar pictures vary.
+        intercept: of the logistic regression.
+        score_weight: of the caption's mean log-probability per token.
+        least_weight: of the log-probability of its least probable word.
+        familiar: strangeness up to which a picture counts as familiar.
+        strange: strangeness at which the confidence has fallen to 1 / e of that of a familiar picture.
+    """
+
+    title: ClassVar[str] = "confidence"
+
+    directions: int
+    intercept: float
+    score_weight: float
+    least_weight: float
+    familiar: float
+    strange: float
+
+    def __post_init__(self) -> None:
+        self._make_numbers_plain()
+        _require_int("directions", self.directions, at_least=1, at_most=WIDTH_LIMIT)
+        for name in ("intercept", "score_weight", "least_weight"):
+            _require_number(name, getattr(self, name))
+        _require_number("familiar", self.familiar, at_least=0.0)
+        _require_number("strange", self.strange, above=self.familiar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchDefaults(_Settings):
+    """What a search does unless it is told otherwise: chosen for each model on its dev pictures.
+
+    Args:
+        beam_size: as in `SearchOptions`, like the others.
+        max_words: most words of a caption.
+        length_penalty: of a beam search.
+        no_repeat_ngram: no sequence of this many words occurs twice; 0 allows repeats.
+    """
+
+    title: ClassVar[str] = "search defaults"
+
+    beam_size: int = 3
+    max_words: int = 20
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+    def __post_init__(self) -> None:
+        self._make_numbers_plain()
+        SearchOptions.from_dict(self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Settings):
     """Everything that fixes the shape of a model.
 
@@ -264,6 +318,8 @@ class ModelConfig(_Settings):
         preprocessing: how a picture becomes the encoder's input.
         encoder: which CNN looks at it.
         decoder_settings: sizes of the decoder, of the class that `DECODER_CONFIGS` names for `decoder`.
+        search: how it is searched unless a search is told otherwise.
+        confidence: how the confidence in a caption comes about; None: the model was not calibrated.
     """
 
     title: ClassVar[str] = "model"
@@ -274,6 +330,8 @@ class ModelConfig(_Settings):
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder_settings: DecoderConfig = None  # type: ignore[assignment]  # replaced below by the decoder's defaults
+    search: SearchDefaults = field(default_factory=SearchDefaults)
+    confidence: ConfidenceConfig | None = None
 
     def __post_init__(self) -> None:
         self._make_numbers_plain()
@@ -284,6 +342,7 @@ class ModelConfig(_Settings):
             "preprocessing": PreprocessingConfig,
             "encoder": EncoderConfig,
             "decoder_settings": DECODER_CONFIGS[self.decoder],
+            "search": SearchDefaults,
         }
         for name, kind in parts.items():
             value = getattr(self, name)
@@ -294,6 +353,11 @@ class ModelConfig(_Settings):
                     isinstance(value, kind),
                     f"{name} of a {self.decoder!r} model must be a {kind.__name__}, got {type(value).__name__}",
                 )
+        given = cast(object, self.confidence)
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "confidence", ConfidenceConfig.from_dict(given))
+        elif given is not None and not isinstance(given, ConfidenceConfig):
+            raise ConfigError(f"confidence must be a ConfidenceConfig or None, got {type(given).__name__}")
 
 
 def _phrases(name: str, value: object) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import copy
 import difflib
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -201,6 +201,18 @@ class Encoder(nn.Module):
         for index, stage in enumerate(self.stages):
             stage.requires_grad_(index >= self._frozen_stages)
         self.train(self.training)
+
+    @contextlib.contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Let all batch norms normalise by their statistics and not follow the pictures, as in use."""
+        training = self.training
+        norms = [module for module in self.stages.modules() if isinstance(module, nn.BatchNorm2d)]
+        for module in norms:
+            module.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
     def train(self, mode: bool = True) -> Encoder:
         """Set the training mode; frozen stages stay in evaluation, so that their statistics keep still."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from captioner.confidence import Familiarity
 from captioner.config import ModelConfig
 from captioner.decoders import AdditiveDecoder, MeanDecoder, MultiheadDecoder
 from captioner.encoder import Encoder
@@ -26,6 +27,9 @@ class CaptionModel(nn.Module):
         config: the settings; kept with the weights.
         encoder: pixels → grid of features.
         decoder: grid → words.
+
+    Attributes:
+        familiarity: how strange a picture is to the model; None when it was not calibrated.
     """
 
     def __init__(self, *, config: ModelConfig, encoder: Encoder, decoder: DecoderModule) -> None:
@@ -33,6 +37,9 @@ class CaptionModel(nn.Module):
         self.config = config
         self.encoder = encoder
         self.decoder = decoder
+        self.familiarity: Familiarity | None = None
+        if config.confidence is not None:
+            self.familiarity = Familiarity(feature_dim=encoder.feature_dim, directions=config.confidence.directions)
 
     def forward(self, pixels_B3SS: Tensor, tokens_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing from pixels.

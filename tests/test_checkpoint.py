@@ -218,7 +218,7 @@ def test_foreign_json_is_refused(folder, text):
     refused(folder, folder / CONFIG)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, True, 1.0, 2.0, [1]])
+@pytest.mark.parametrize("version", [0, 4, "1", None, True, 1.0, 2.0, [1]])
 def test_another_version_is_refused(folder, version):
     description = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(description | {"format_version": version}))

@@ -78,7 +78,7 @@ def test_a_json_record_is_that_of_the_contract(captioner, example_photos):
     (line,) = result.stdout.splitlines()
     record = json.loads(line)
     assert record == captioner.caption(path, **options).to_record(str(path))
-    assert list(record) == ["image", "caption", "score", "words", "alternatives", "error"]
+    assert list(record) == ["image", "caption", "score", "confidence", "words", "alternatives", "error"]
     assert all(list(word) == ["word", "probability"] for word in record["words"])
     assert [list(other) for other in record["alternatives"]] == [["caption", "score"]] * 2
 
@@ -137,6 +137,7 @@ def test_the_record_of_a_bad_photo_stands_in_its_place(photo):
         "image": "nowhere.png",
         "caption": None,
         "score": None,
+        "confidence": None,
         "words": [],
         "alternatives": [],
         "error": {"type": "ImageReadError", "message": "nowhere.png: no such file; check the path"},

@@ -16,11 +16,13 @@ from captioner.config import (
     VOCABULARY_LIMIT,
     WIDTH_LIMIT,
     WORDS_LIMIT,
+    ConfidenceConfig,
     EncoderConfig,
     ModelConfig,
     MultiheadConfig,
     PreprocessingConfig,
     RecurrentConfig,
+    SearchDefaults,
     SearchOptions,
 )
 from captioner.errors import ConfigError
@@ -155,6 +157,14 @@ def test_settings_that_are_no_mapping_are_refused(values):
         SearchOptions.from_dict(values)
 
 
+CONFIDENCE = {
+    "directions": 3,
+    "intercept": 1.0,
+    "score_weight": 1.0,
+    "least_weight": 0.5,
+    "familiar": 0.5,
+    "strange": 1.0,
+}
 # Field → values just inside its bounds, and values outside them.
 BOUNDS = [
     (PreprocessingConfig, "side_px", [32, 4096], [31, 4097, 224.0, "224", True, None]),
@@ -193,8 +203,20 @@ BOUNDS = [
     (ModelConfig, "preprocessing", [{}, {"side_px": 64}], [3, "x", [], EncoderConfig()]),
     (ModelConfig, "encoder", [{}, {"stride": 16}], [3, PreprocessingConfig()]),
     (ModelConfig, "decoder_settings", [{}, {"state_dim": 9}], [3, MultiheadConfig(), [1]]),
+    (ModelConfig, "search", [{}, {"beam_size": 5}, SearchDefaults()], [3, SearchOptions(), [1]]),
+    (ModelConfig, "confidence", [None, CONFIDENCE, ConfidenceConfig(**CONFIDENCE)], [3, {}, EncoderConfig()]),
+    (SearchDefaults, "beam_size", [1, BEAM_LIMIT], [0, BEAM_LIMIT + 1, 2.0]),
+    (SearchDefaults, "max_words", [1, WORDS_LIMIT], [0, WORDS_LIMIT + 1, 5.0]),
+    (SearchDefaults, "length_penalty", [-5, 5.0], [-5.1, float("nan"), "1"]),
+    (SearchDefaults, "no_repeat_ngram", [0, 50], [-1, 1.0]),
+    (ConfidenceConfig, "directions", [1, WIDTH_LIMIT], [0, 1.0, WIDTH_LIMIT + 1]),
+    (ConfidenceConfig, "intercept", [-3, 0.5], [float("nan"), "1", None]),
+    (ConfidenceConfig, "score_weight", [-3, 0.5], [float("inf"), "1"]),
+    (ConfidenceConfig, "least_weight", [-3, 0.5], [float("inf"), True]),
+    (ConfidenceConfig, "familiar", [0, 0.9], [-0.1, float("nan")]),
+    (ConfidenceConfig, "strange", [0.51, 100], [0.5, float("inf")]),
 ]
-REQUIRED = {ModelConfig: {"decoder": "mean", "vocabulary_size": 9}}
+REQUIRED = {ModelConfig: {"decoder": "mean", "vocabulary_size": 9}, ConfidenceConfig: CONFIDENCE}
 
 
 def test_every_field_has_its_bounds_tested():

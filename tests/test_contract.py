@@ -123,11 +123,12 @@ def test_a_record_is_as_stated(contract):
         "image": "photo.jpg",
         "caption": caption.text,
         "score": caption.score,
+        "confidence": caption.confidence,
         "words": [{"word": word.text, "probability": word.probability} for word in caption.words],
         "alternatives": [{"caption": c.text, "score": c.score} for c in caption.alternatives],
         "error": None,
     }
-    assert list(record) == ["image", "caption", "score", "words", "alternatives", "error"]
+    assert list(record) == ["image", "caption", "score", "confidence", "words", "alternatives", "error"]
 
 
 def test_the_options_of_a_search_are_the_stated_ones():

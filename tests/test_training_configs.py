@@ -1,5 +1,6 @@
 """Every recipe of configs/ is trainable as it stands: it builds, and takes two steps on data of its format."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from training_runs import DEV, TRAIN, captions_of, fit, save_picture, write_table
 
 from captioner import Captioner
-from captioner.config import DECODER_CONFIGS, ModelConfig
+from captioner.config import DECODER_CONFIGS, ModelConfig, SearchDefaults
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?si).*deprecat", "ignore:.*WeightAveraging", "ignore:(?s).*serialize")
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,16 @@ def write_coco(root):
         (root / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(content))
 
 
+def write_extra(root):
+    """A table whose pictures have names of their own."""
+    rows = ["image,caption,split"]
+    for index, split in enumerate(["train"] * 4 + ["dev"]):
+        save_picture(root / f"more-{index}.jpg", index)
+        rows += [f"more-{index}.jpg,{text},{split}" for text in captions_of(index)]
+    (root / "captions.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
 WRITERS = {
     "finetune": write_table,
     "flickr30k": lambda root: write_karpathy(root, "dataset_flickr30k.json", dict.fromkeys(SPLITS, "flickr30k-images")),
@@ -74,6 +85,8 @@ def small(name, root, folder):
     }
     settings["data"] |= {"root": str(root), "batch_size": 2, "workers": 0, "min_count": 1}
     settings["data"]["cache_folder"] = str(folder / "cache")
+    if "extra" in settings["data"]:
+        settings["data"]["extra"] |= {"root": str(write_extra(folder / "extra")), "images": None}
     if name != "finetune":
         settings["model"]["encoder_weights"] = None
         settings["data"]["preprocessing"] = {"side_px": 64}
@@ -122,7 +135,7 @@ def test_the_recipe_of_the_bundled_model_has_its_shape():
         "max_tokens": settings["data"]["max_tokens"],
         "vocabulary_size": bundled.vocabulary_size,
     }
-    assert ModelConfig.from_dict(given) == bundled
+    assert ModelConfig.from_dict(given) == dataclasses.replace(bundled, search=SearchDefaults(), confidence=None)
 
 
 def test_one_command_makes_a_model_of_own_photos(data_of, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_DECODERS
@@ -99,3 +100,54 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
 def test_checkpoints_of_different_models_are_not_averaged(tiny_checkpoint):
     with pytest.raises(CheckpointError, match="one run"):
         average([tiny_checkpoint("mean"), tiny_checkpoint("additive")])
+
+
+class Ascending:
+    """Scores as if every caption were better than the one before: those of a tiny model may all be 0."""
+
+    def __init__(self, references):
+        self.count = len(references)
+
+    def score(self, captions, indices):
+        assert len(captions) == self.count
+        return np.arange(self.count, dtype=float)
+
+
+def test_captions_that_all_score_alike_leave_the_model_without_a_confidence(run, tmp_path, monkeypatch):
+    for module in ("export", "calibration"):
+        monkeypatch.setattr(f"training.{module}.FEWEST_TRAIN", 2)
+        monkeypatch.setattr(f"training.{module}.FEWEST_DEV", 2)
+    monkeypatch.setattr(Ascending, "score", lambda self, captions, indices: np.zeros(self.count))
+    monkeypatch.setattr("training.calibration.CiderD", Ascending)
+    assert command("export", run[1][0], "--folder", tmp_path / "model") == 0
+    captioner = Captioner.load(tmp_path / "model", device="cpu")
+    assert captioner.config.confidence is None
+    assert "CIDEr-D tells no dev captions apart" in captioner.card
+
+
+def test_with_enough_pictures_the_model_ships_calibrated_and_its_card_says_how_well(
+    run, data_root, tmp_path, monkeypatch, example_photos
+):
+    decoder, checkpoints = run
+    for module in ("export", "calibration"):
+        monkeypatch.setattr(f"training.{module}.FEWEST_TRAIN", 2)
+        monkeypatch.setattr(f"training.{module}.FEWEST_DEV", 2)
+    monkeypatch.setattr("training.calibration.CiderD", Ascending)
+    options = ["--beam-size", 2, "--no-repeat-ngram", 3, "--photo", example_photos[0], "--limits", "It knows shapes."]
+    assert command("export", checkpoints[-1], "--folder", tmp_path / "model", "--half", *options) == 0
+    captioner = Captioner.load(tmp_path / "model", device="cpu")
+    assert (captioner.config.search.beam_size, captioner.config.search.no_repeat_ngram) == (2, 3)
+    caption = captioner.caption(data_root / "9.jpg")
+    assert 0 <= caption.confidence <= 1
+    assert caption.text == captioner.caption(data_root / "9.jpg", beam_size=2, no_repeat_ngram=3).text
+    for fact in ("expected calibration error", "It knows shapes.", "](maps.png)"):
+        assert fact in captioner.card
+    assert ("of the attention of content words" in captioner.card) == (decoder != "mean")
+    assert (tmp_path / "model" / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_enough_pictures_it_ships_without_a_confidence(run, data_root, tmp_path):
+    assert command("export", run[1][0], "--folder", tmp_path / "model") == 0
+    captioner = Captioner.load(tmp_path / "model", device="cpu")
+    assert captioner.caption(data_root / "9.jpg").confidence is None
+    assert "confidence" not in captioner.card.lower()

@@ -89,6 +89,7 @@ class CaptionData(lightning.LightningDataModule):
         workers: processes that decode pictures.
         seed: of order, choice of captions and augmentation.
         init_from: model folder or "bundled" whose vocabulary is kept and extended; set by `model.init_from`.
+        extra: more data, whose training pictures are added to those above; its other splits are not used.
 
     Attributes:
         pictures: by split; of shards the names and captions alone.
@@ -128,6 +129,7 @@ class CaptionData(lightning.LightningDataModule):
         workers: int = 1,
         seed: int = 0,
         init_from: str | None = None,
+        extra: DataSource | None = None,
     ) -> None:
         super().__init__()
         self.source = DataSource(
@@ -164,6 +166,9 @@ class CaptionData(lightning.LightningDataModule):
         self.augmentation, self.workers, self.seed = augmentation, workers, seed
         self.cache_folder, self.cache_views = Path(cache_folder).expanduser(), cache_views
         self.bad_picture_limit, self.init_from = bad_picture_limit, init_from
+        if extra is not None and "shards" in (format, extra.format):
+            raise ConfigError("data.extra needs pictures in files: neither data.format nor data.extra.format is shards")
+        self.extra = extra
         self.base: ModelConfig | None = None
         self.tokenizer: Tokenizer | None = None
         self.pictures: dict[str, list[CaptionedPicture]] = {}
@@ -196,6 +201,7 @@ class CaptionData(lightning.LightningDataModule):
             content = read_source(self.source)
             self.pictures = dict(content.pictures)
             self.note_bad(content.missing, check=False)
+            self._add_extra()
         self.note_bad(())
         if len(self.pictures["dev"]) < 2:
             raise DataError(
@@ -217,6 +223,17 @@ class CaptionData(lightning.LightningDataModule):
             if given not in (None, own):
                 raise ConfigError(f"data.{name}={given} differs from that of the model {self.init_from!r}, {own}")
         self.tokenizer = base.tokenizer.extended(captions, min_count=self.min_count)
+
+    def _add_extra(self) -> None:
+        if self.extra is None:
+            return
+        content = read_source(self.extra)
+        own = {picture.name for of_split in self.pictures.values() for picture in of_split}
+        twice = next((picture.name for picture in content.pictures["train"] if picture.name in own), None)
+        if twice is not None:
+            raise DataError(f"{self.extra.root}: {twice} is in {self.source.root} too; name every picture once")
+        self.pictures["train"] = self.pictures["train"] + content.pictures["train"]
+        self.note_bad(content.missing, check=False)
 
     @property
     def max_tokens(self) -> int:
@@ -276,8 +293,13 @@ class CaptionData(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must find again; Lightning writes it into the checkpoint."""
-        source = {name: value for name, value in asdict(self.source).items() if value is not None}
-        return {"data_sha256": self.data_hash(), "source": source, **self._order_settings()}
+        sources = {"source": self.source, "extra": self.extra}
+        plain = {
+            key: {name: value for name, value in asdict(source).items() if value is not None}
+            for key, source in sources.items()
+            if source is not None
+        }
+        return {"data_sha256": self.data_hash(), **plain, **self._order_settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run goes on with the same data in the same order.

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from torch import nn
 
 from captioner import Captioner
 from captioner.caption import Caption
 from captioner.checkpoint import Checkpoint, save_checkpoint
-from captioner.config import ModelConfig, SearchOptions
-from captioner.errors import CheckpointError, DataError
+from captioner.config import ModelConfig, SearchDefaults
+from captioner.errors import CheckpointError, ConfigError, DataError
+from captioner.images import Source
 from captioner.metrics import Evaluation, evaluate, java
 from captioner.model import CaptionModel, build_model
 from captioner.tokenizer import Tokenizer
+from training.calibration import FEWEST_DEV, FEWEST_TRAIN, calibrate
+from training.card import MAPS, CardFacts, model_card
 from training.data import CaptionData
-from training.sources import CaptionedPicture
+from training.pointing import pointing
+from training.sources import CaptionedPicture, DataSource, read_source
+from training.survey import survey
 
 _PREFIX = "model."
 SAMPLES = 20
@@ -70,8 +72,9 @@ def load_run(path: Path) -> Run:
         }
         model.load_state_dict(weights, strict=True)
         origin = content["CaptionData"]
+        data = origin["source"] | ({"extra": DataSource(**origin["extra"])} if "extra" in origin else {})
         tokenizer = Tokenizer.from_json(description["tokenizer"])
-        return Run(Checkpoint(model.eval(), tokenizer), origin["source"], origin["data_sha256"], description["command"])
+        return Run(Checkpoint(model.eval(), tokenizer), data, origin["data_sha256"], description["command"])
     except FileNotFoundError as err:
         raise CheckpointError(f"{path}: no such checkpoint; name a .ckpt file of a run folder") from err
     except Exception as err:  # zip, pickle, missing keys, other shapes: whatever a foreign file brings
@@ -126,112 +129,36 @@ def caption_pictures(captioner: Captioner, pictures: Sequence[CaptionedPicture],
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What the model card tells of a training.
+def data_of_run(run: Run, *, data_root: str | None = None, extra_images: str | None = None) -> CaptionData:
+    """Read the data of a run again.
 
     Args:
-        name: of the model.
-        command: that trained it.
-        data: what it was trained on, with its terms.
-        data_sha256: of names and captions.
-        evaluation: on pictures that it was not trained on.
-        search: how they were captioned.
-        samples: names and captions of pictures that were not chosen for it.
-        notes: on the training, such as time and machine.
-    """
-
-    name: str
-    command: str
-    data: str
-    data_sha256: str
-    evaluation: Evaluation
-    search: SearchOptions
-    samples: Sequence[tuple[str, str]] = ()
-    notes: str = ""
-
-
-def model_card(model: CaptionModel, facts: CardFacts) -> str:
-    """Return the text of the model card.
-
-    Args:
-        model: whose card it is.
-        facts: of its training.
+        run: of `load_run`.
+        data_root: folder of the data; None: where it was in training.
+        extra_images: folder of the extra pictures, relative to their root, or absolute; None: where it was in training.
 
     Returns:
-        Markdown.
+        The same names and captions in the same splits.
+
+    Raises:
+        ConfigError: for `extra_images` where there is no extra data, or one whose format has no such folder.
+        DataError: when the data cannot be read, or is not what the run was trained on.
     """
-
-    def millions(module: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
-
-    config, scores, language = model.config, facts.evaluation.scores, facts.evaluation.language
-    rows = "\n".join(
-        f"| {metric} | {value:.1f} | {_interval(facts.evaluation, metric)} |" for metric, value in scores.items()
-    )
-    samples = "\n".join(f"| {name} | {text} |" for name, text in facts.samples)
-    settings = json.dumps(dataclasses.asdict(config.decoder_settings))
-    chosen = {k: v for k, v in facts.search.to_dict().items() if v != getattr(SearchOptions(), k)}
-    return f"""# {facts.name}
-
-A picture in, an English sentence out, and for every word a map of where the model looked.
-
-| | |
-|---|---|
-| encoder | {config.encoder.backbone}, stride {config.encoder.stride}, {millions(model.encoder)} parameters |
-| decoder | {config.decoder} {settings}, {millions(model.decoder)} parameters |
-| input | the whole picture squashed to {config.preprocessing.side_px} x {config.preprocessing.side_px} pixels |
-| attention grid | {model.encoder.grid_hw[0]} x {model.encoder.grid_hw[1]} |
-| vocabulary | {config.vocabulary_size} tokens |
-
-## Scores
-
-On the dev split, not trained on; {facts.evaluation.card.pictures} pictures,
-{facts.evaluation.card.references} references; beam {facts.search.beam_size}, other search settings as by default{
-        "" if set(chosen) <= {"beam_size"} else f" but {chosen}"
-    }; x100.
-
-| metric | score | 95 % interval |
-|---|---|---|
-{rows}
-
-Distinct captions {language.distinct:.1%}, with a phrase said twice {language.repeated:.1%}, broken off
-{language.unfinished:.1%}, mean length {language.mean_words:.1f} words, {language.vocabulary} different words used.
-
-Tokenizer: {facts.evaluation.card.tokenizer}. CIDEr-D document frequencies:
-{facts.evaluation.card.document_frequencies}. The split was also watched during training to choose what ships, so the
-scores lean a little to the good side.
-
-## Training
-
-{facts.data}
-
-* Command: `{facts.command}`
-* SHA-256 of names and captions: `{facts.data_sha256}`
-* Lightning {lightning.__version__}, torch {torch.__version__}. {facts.notes}
-
-## What it writes
-
-The first {len(facts.samples)} pictures of the split, not chosen:
-
-| picture | caption |
-|---|---|
-{samples}
-
-## Use, and what it does not know
-
-* Meant for: trying out and teaching image captioning and attention; drafts that a person reads before use.
-* Not meant for: descriptions that people rely on unread, identifying persons, or decisions about them.
-* It knows {config.vocabulary_size - 4} words, and only what its training pictures show. On others it still writes a
-  fluent sentence, which is then wrong. Models of this kind cannot read text, count badly, and guess sex and age.
-* The maps show where the decoder read from the grid. They tell where, not why.
-* Terms: those of the training data hold for the weights too.
-"""
-
-
-def _interval(evaluation: Evaluation, metric: str) -> str:
-    interval = evaluation.intervals.get(metric)
-    return "" if interval is None else f"{interval.low:.1f} to {interval.high:.1f}"
+    arguments = dict(run.data)
+    if data_root is not None:
+        arguments["root"] = data_root
+    if extra_images is not None:
+        if "extra" not in arguments:
+            raise ConfigError(f"--extra-images {extra_images}: the run had no data.extra; leave it out")
+        arguments["extra"] = dataclasses.replace(arguments["extra"], images=extra_images)
+    data = CaptionData(**arguments)
+    data.setup("validate")
+    if data.data_hash() != run.data_sha256:
+        roots = " and ".join(source.root for source in (data.source, data.extra) if source is not None)
+        raise DataError(
+            f"{roots}: not the data of the run: names or captions differ; see --data-root and --extra-images"
+        )
+    return data
 
 
 def export(
@@ -239,12 +166,15 @@ def export(
     folder: Path,
     *,
     data_root: str | None = None,
+    extra_images: str | None = None,
     name: str = "Captioner model",
     data: str = "",
     command: str | None = None,
-    search: SearchOptions | None = None,
+    search: SearchDefaults | None = None,
     half: bool = False,
     notes: str = "",
+    limits: str = "",
+    photo: Path | None = None,
 ) -> Evaluation:
     """Write the model folder of a run, evaluated as it ships.
 
@@ -252,50 +182,104 @@ def export(
         checkpoints: of one run; several are averaged.
         folder: to write.
         data_root: folder of the data, whose dev pictures give the scores; None: where it was in training.
+        extra_images: folder of the pictures of `data.extra`, relative to the root of these, or absolute; None: where
+            it was in training.
         name: of the model, for the card.
         data: what it was trained on and under which terms, for the card.
         command: that trained it, for the card; None: as the run noted it.
-        search: how the dev pictures are captioned.
+        search: how the dev pictures are captioned, and the model searches from then on.
         half: store matrices as float16.
         notes: for the card, such as time and machine.
+        limits: what the model does not know, for the card.
+        photo: whose maps are drawn beside the card.
 
     Returns:
         The scores.
 
     Raises:
         CheckpointError: when a checkpoint cannot be read or the folder not be written.
+        ConfigError: for `extra_images` of a run without extra data.
         DataError: when the data cannot be read, or is not what the run was trained on.
     """
     runs = [load_run(path) for path in checkpoints]
-    run, search = runs[0], search or SearchOptions()
-    trained = average([run.checkpoint for run in runs])
-    source = CaptionData(**{**run.data, **({} if data_root is None else {"root": data_root})})
-    source.setup("validate")
-    if source.data_hash() != run.data_sha256:
-        raise DataError(f"{source.source.root}: not the data of the run: its names or captions differ; see --data-root")
-    save_checkpoint(trained, folder, half=half)
-    captioner = Captioner.load(folder)  # with the rounding of the stored weights
-    given = {k: v for k, v in search.to_dict().items() if v != getattr(SearchOptions(), k)}
-    predictions = caption_pictures(captioner, source.pictures["dev"], **given)
+    run, search = runs[0], search or SearchDefaults()
+    checkpoint = average([run.checkpoint for run in runs])
+    checkpoint.model.config = dataclasses.replace(checkpoint.model.config, search=search)
+    source = data_of_run(run, data_root=data_root, extra_images=extra_images)
+    save_checkpoint(checkpoint, folder, half=half)
+    train, dev = source.pictures["train"], source.pictures["dev"]
+    sections = []
+    if len(train) >= FEWEST_TRAIN and len(dev) >= FEWEST_DEV:
+        # What is calibrated and measured is what is stored: the rounded weights.
+        try:
+            checkpoint, report = calibrate(Captioner.load(folder), train=train, dev=dev)
+            save_checkpoint(checkpoint, folder, half=half)
+            sections.append(("Confidence", report.sentence()))
+        except DataError as err:  # the model is none the worse for it
+            sections.append(("Confidence", f"None: {err}."))
+    captioner = Captioner.load(folder)
+    predictions = caption_pictures(captioner, dev)
     references = {picture: texts for picture, texts in source.references().items() if picture in predictions}
     evaluation = evaluate(predictions, references, meteor=java.missing("METEOR") is None)
-    train = source.pictures["train"]
+    sections += [*_pointing_section(captioner, dev), *_wider_section(captioner, source.extra)]
+    if photo is not None:
+        captioner.caption(photo).figure().savefig(folder / MAPS, dpi=80)
+    formats = " and ".join(part.format for part in (source.source, source.extra) if part is not None)
     card = model_card(
         captioner.model,
         CardFacts(
             name=name,
             command=command or run.command,
             data=f"{data or 'Data: not described; `export --data` would say what it is.'} {len(train)} pictures with "
-            f"{sum(len(picture.captions) for picture in train)} captions, format {source.source.format}.",
+            f"{sum(len(picture.captions) for picture in train)} captions, format {formats}.",
             data_sha256=run.data_sha256,
             evaluation=evaluation,
             search=search,
             samples=list(predictions.items())[:SAMPLES],
             notes=notes,
+            sections=sections,
+            limits=limits,
+            pictured=photo is not None,
         ),
     )
-    save_checkpoint(Checkpoint(trained.model, trained.tokenizer, card), folder, half=half)
+    save_checkpoint(Checkpoint(checkpoint.model, checkpoint.tokenizer, card), folder, half=half)
     return evaluation
+
+
+def _pointing_section(captioner: Captioner, dev: Sequence[CaptionedPicture]) -> list[tuple[str, str]]:
+    """Return what the card says of how well maps point; nothing of a model that never looks, or for few pictures."""
+    if captioner.config.decoder == "mean" or len(dev) < FEWEST_DEV:
+        return []
+    found = pointing(captioner, dev)
+    text = (
+        f"In {found.mosaics} mosaics of 2 x 2 dev photos, with a true caption of one of them scored, {found.share:.1%} "
+        f"(95 % interval {found.interval.low:.1%} to {found.interval.high:.1%}) of the attention of content words "
+        "falls into the right quadrant; by chance it would be 25 %."
+    )
+    return [("Where it looks", text)]
+
+
+def _wider_section(captioner: Captioner, extra: DataSource | None) -> list[tuple[str, str]]:
+    """Return what the card says of the dev pictures of the extra data."""
+    if extra is None:
+        return []
+    pictures = read_source(extra).pictures["dev"]
+    paths: list[Source] = [picture.path for picture in pictures]
+    found = [result for result in captioner.caption_batch(paths, on_error="return") if isinstance(result, Caption)]
+    if len(found) < len(pictures):  # bad pictures were counted when the training read them
+        return []
+    predictions = {picture.name: caption.text for picture, caption in zip(pictures, found, strict=True)}
+    references = {picture.name: picture.captions for picture in pictures}
+    scores = evaluate(predictions, references).scores
+    described = survey(found)
+    sure = "" if described.mean_confidence is None else f"; mean confidence {described.mean_confidence:.2f}"
+    text = (
+        f"On the {described.pictures} dev pictures of the extra data, not trained on, with "
+        f"{sum(map(len, references.values()))} references: BLEU-4 {scores['BLEU-4']:.1f}, CIDEr-D "
+        f'{scores["CIDEr-D"]:.1f}; distinct captions {described.distinct:.1%}, beginning "a man in a" '
+        f"{described.man_in_a:.1%}, {described.vocabulary} different words{sure}."
+    )
+    return [("Other pictures", text)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -313,14 +297,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path, help=".ckpt files of one run; several are averaged")
     parser.add_argument("--folder", type=Path, required=True, help="model folder to write")
     parser.add_argument("--data-root", help="folder of the data, if it is not where it was in training")
+    parser.add_argument(
+        "--extra-images",
+        help="folder of the pictures of data.extra, if it is not where it was in training; relative to data.extra.root",
+    )
     parser.add_argument("--name", default="Captioner model", help="name on the card")
     parser.add_argument("--data", default="", help="what it was trained on and under which terms, for the card")
     parser.add_argument("--command", help="command that trained it, for the card (default: as the run noted it)")
-    parser.add_argument("--beam-size", type=int, default=SearchOptions().beam_size)
+    for field in dataclasses.fields(SearchDefaults):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="of the search")
     parser.add_argument("--notes", default="", help="for the card, such as time and machine")
+    parser.add_argument("--limits", default="", help="what the model does not know, for the card")
+    parser.add_argument("--photo", type=Path, help="photo whose maps are drawn beside the card")
     parser.add_argument("--half", action="store_true", help="store matrices as float16")
     given = vars(parser.parse_args(arguments))
-    search = SearchOptions(beam_size=given.pop("beam_size"))
+    search = SearchDefaults(**{field.name: given.pop(field.name) for field in dataclasses.fields(SearchDefaults)})
     evaluation = export(given.pop("checkpoints"), given.pop("folder"), search=search, **given)
     sys.stdout.write(evaluation.table() + "\n")
     return 0

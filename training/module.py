@@ -28,6 +28,7 @@ from captioner.search import search
 from captioner.tokenizer import Tokenizer
 from training.batches import Batch, stateless_seed
 from training.data import CaptionData, batches_done
+from training.mosaics import content_words, make_mosaics, one_caption_each, pointing_loss, quadrant_shares
 from training.objectives import (
     attention_regulariser,
     caption_cross_entropy,
@@ -115,6 +116,7 @@ class CaptionModule(lightning.LightningModule):
         self._entered = -1
         self._resumed_epoch = 0
         self._rewards: dict[RewardConfig, CaptionReward] = {}
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     @property
     def _data(self) -> CaptionData:
@@ -173,7 +175,8 @@ class CaptionModule(lightning.LightningModule):
                 raise ConfigError(
                     f"model.{name}={given} differs from that of the model {self.init_from!r}, {own}; leave it out"
                 )
-        return dataclasses.replace(base, vocabulary_size=size)
+        # Its confidence was fitted to its weights, which change.
+        return dataclasses.replace(base, vocabulary_size=size, confidence=None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to export the checkpoint without the data."""
@@ -241,6 +244,8 @@ class CaptionModule(lightning.LightningModule):
             loss = self._self_critical(grid_BPC, batch, stage)
         else:
             loss = self._cross_entropy(grid_BPC, batch, stage)
+        if stage.mosaics:
+            loss = loss + stage.mosaics * self._mosaics(batch, stage)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.names))
         for group in self.trainer.optimizers[0].param_groups[::2]:  # with and without decay the rate is the same
             self.log(f"rate_{group['name']}", group["lr"], batch_size=len(batch.names))
@@ -277,6 +282,35 @@ class CaptionModule(lightning.LightningModule):
         logits_NTV, targets = self._predict(grid_BPC, inputs_NT, targets_NT)
         loss = caption_cross_entropy(logits_NTV, targets, label_smoothing=stage.label_smoothing)
         return loss * self._share(targets_NT)
+
+    def _mosaics(self, batch: Batch, stage: Stage) -> Tensor:
+        """Return the loss of the batch's pictures as mosaics, one caption of each."""
+        pictures, captions = len(batch.names), len(batch.tokens) // len(batch.names)
+        order_B = torch.randperm(pictures)
+        chosen_B = torch.randint(captions, (pictures,))
+        mosaics = Batch(
+            make_mosaics(batch.pictures, order_B.to(self.device)),
+            one_caption_each(batch.tokens, order_B, chosen_B, pictures=pictures),
+            (),
+        )
+        if not len(mosaics.tokens):  # fewer than four pictures
+            return batch.pictures.new_zeros(())
+        inputs_NT, targets_NT = mosaics.tokens[:, :-1], mosaics.tokens[:, 1:]
+        with self.model.encoder.statistics_kept():  # which are to be those of whole pictures
+            grid_MPC = self._grid(mosaics, train=stage.encoder == "finetune")
+        logits_NTV, attention_NTP = self.model.decoder(grid_MPC, inputs_NT)
+        loss = caption_cross_entropy(logits_NTV, targets_NT, label_smoothing=stage.label_smoothing)
+        if stage.pointing:
+            pointing = pointing_loss(attention_NTP, targets_NT, *self._pointing_tables())
+            self.log("train_pointing", pointing.detach(), batch_size=pictures)
+            loss = loss + stage.pointing * pointing
+        return loss
+
+    def _pointing_tables(self) -> tuple[Tensor, Tensor]:
+        if self._tables is None:
+            shares_4P = quadrant_shares(self.model.encoder.grid_hw).to(self.device)
+            self._tables = (shares_4P, content_words(self.tokenizer).to(self.device))
+        return self._tables
 
     def _predict(self, grid_BPC: Tensor, inputs_NT: Tensor, targets_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and their targets; where that saves time, those of the positions that are no padding alone."""

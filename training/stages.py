@@ -43,6 +43,11 @@ class Stage:
         label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al. 2016).
         attention_regularisation: weight of the doubly stochastic regulariser (Xu et al. 2015, eq. 14).
         drop_words: probability that a word the decoder reads is replaced by the unknown one (Bowman et al. 2016).
+        mosaics: weight of the loss of mosaics: each batch is laid out once more as mosaics of 2 x 2 of its pictures,
+            of which the captions are learned too, see `training.mosaics`; 0: none. They are made of pixels, not of
+            cached features.
+        pointing: weight, within the loss of mosaics, of what tells the attention of a word to fall into the quadrant
+            of its picture.
         scheduled_sampling: probability, at the stage's end, that the decoder reads a word of its own instead of
             the reference's (Bengio et al. 2015); it rises linearly from 0.
         reward: of a self-critical stage.
@@ -65,6 +70,8 @@ class Stage:
     label_smoothing: float = 0.0
     attention_regularisation: float = 0.0
     drop_words: float = 0.0
+    mosaics: float = 0.0
+    pointing: float = 0.0
     scheduled_sampling: float = 0.0
     reward: RewardConfig = field(default_factory=RewardConfig)
     cross_entropy_weight: float = 0.0
@@ -76,7 +83,7 @@ class Stage:
             self.objective in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
         )
         _require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        for name in ("learning_rate", "encoder_learning_rate", "attention_regularisation"):
+        for name in ("learning_rate", "encoder_learning_rate", "attention_regularisation", "mosaics", "pointing"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         for name in ("final_share", "label_smoothing", "drop_words", "scheduled_sampling", "cross_entropy_weight"):
@@ -93,6 +100,11 @@ class Stage:
             self.encoder_stages is None or self.encoder == "finetune",
             f"encoder_stages={self.encoder_stages} needs encoder: finetune",
         )
+        _require(
+            not (self.cached and self.mosaics),
+            "mosaics are made of pictures, not of cached features; use cached: false, or mosaics: 0",
+        )
+        _require(bool(self.mosaics) or not self.pointing, f"pointing={self.pointing} needs mosaics above 0")
         if self.objective == "self_critical":
             for name in ("label_smoothing", "attention_regularisation", "drop_words", "scheduled_sampling"):
                 _require(not getattr(self, name), f"{name} belongs to cross_entropy; leave it out of self_critical")

@@ -13,12 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from captioner.errors import ConfigError
+from training.stages import StagePlan
 
 LAST = "last.ckpt"
+STAGE = "stage-{}.ckpt"
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` at the end of every epoch and, within epochs, every so many minutes.
+    """Writes `last.ckpt` at the end of every epoch and, within epochs, every so many minutes; `stage-1.ckpt` and so on
+    at the end of each stage of a `CaptionModule`.
 
     `ModelCheckpoint(save_last=True)` is no replacement: its `last.ckpt` is of the last epoch that was among the best.
 
@@ -81,8 +84,13 @@ class LastCheckpoint(Checkpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the state after the epoch and its validation."""
+        """Write the state after the epoch and its validation; that of a stage's last epoch stays."""
         self._write(trainer)
+        plan = getattr(pl_module, "plan", None)  # another module has no stages
+        if isinstance(plan, StagePlan) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            position = plan.at(trainer.current_epoch)
+            if trainer.current_epoch + 1 == position.first_epoch + position.stage.epochs:
+                trainer.save_checkpoint(self._path.with_name(STAGE.format(position.index + 1)))
 
     def _write(self, trainer: lightning.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -172,15 +173,38 @@ def describe_run(trainer: lightning.Trainer) -> dict[str, Any]:
         "seed": int(seed) if seed is not None else None,
         "device": {
             "type": device.type,
-            "name": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else platform.processor() or platform.machine(),
+            "name": device_name(device),
+            "cores": cores(),
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
         },
         "data_sha256": data.data_hash(),
         "pictures": {split: len(pictures) for split, pictures in data.pictures.items()},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is sold as.
+
+    Args:
+        device: of torch.
+
+    Returns:
+        The name of the GPU, or of the processor as far as the system tells it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # there is such a file on Linux alone, and `platform` says little there
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def git_commit(file: Path) -> dict[str, Any] | None:
