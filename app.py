@@ -350,7 +350,7 @@ def build_app(captioner: Captioner) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(show_label=False, height=200, placeholder=PLACEHOLDER, buttons=[])
                 strip = _strip(examples)
-                options, again = _search_options(captioner.config.search.beam_size)
+                options, again = _search_options()
             with gr.Column(scale=3, min_width=300):
                 stage = _stage()
         gr.Markdown(PRIVACY, elem_classes="privacy")
@@ -364,9 +364,9 @@ def build_app(captioner: Captioner) -> gr.Blocks:
     return page
 
 
-def _search_options(default_beam_size: int) -> tuple[list[gr.Slider], gr.Button]:
+def _search_options() -> tuple[list[gr.Slider], gr.Button]:
     with gr.Accordion("Search options", open=False):
-        beam_size = gr.Slider(1, MAX_BEAM_SIZE, default_beam_size, step=1, label="Beam size", info=BEAM_SIZE_HELP)
+        beam_size = gr.Slider(1, MAX_BEAM_SIZE, 3, step=1, label="Beam size", info=BEAM_SIZE_HELP)
         n_best = gr.Slider(1, MAX_BEAM_SIZE, 3, step=1, label="Captions", info=N_BEST_HELP)
         return [beam_size, n_best], gr.Button("Caption again")
 

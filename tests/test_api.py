@@ -37,7 +37,7 @@ def any_captioner(request, captioner, tiny_checkpoint):
 
 def test_the_tests_could_tell_one_picture_and_one_word_from_another(any_captioner, example_photos):
     """What mixed them up would otherwise pass: see `conftest.discriminate`."""
-    visible = 100 * TOLERANCE
+    visible = 50 * TOLERANCE
     found = [any_captioner.caption(photo, beam_size=4) for photo in example_photos]
     for caption, other in itertools.combinations(found, 2):
         assert abs(caption.score - other.score) > visible

@@ -56,8 +56,15 @@ def photo(tmp_path):
 def test_a_photo_is_captioned_on_one_line(captioner, example_photos):
     result = run("caption", *example_photos, "--device", "cpu")
     assert (result.exit_code, result.stderr) == (0, "")
-    expected = [f"{path}: {captioner.caption(path).text}" for path in example_photos]
+    found = {path: captioner.caption(path) for path in example_photos}
+    expected = [f"{path}: {caption.text} ({caption.confidence:.0%} confident)" for path, caption in found.items()]
     assert result.stdout.splitlines() == expected
+
+
+def test_a_model_without_a_confidence_says_nothing_of_it(tiny_captioner, photo, tmp_path):
+    tiny_captioner.save(tmp_path / "model")
+    result = run("caption", photo, "--device", "cpu", "--model", tmp_path / "model")
+    assert result.stdout.splitlines() == [f"{photo}: {tiny_captioner.caption(photo).text}"]
 
 
 def test_alternatives_stand_below_their_caption(captioner, example_photos):
@@ -65,7 +72,8 @@ def test_alternatives_stand_below_their_caption(captioner, example_photos):
     result = run("caption", path, "--n-best", 3, "--device", "cpu")
     captions = everything(captioner.caption(path, n_best=3))
     indent = " " * len(str(path))
-    expected = [f"{path}: {captions[0].text}", *(f"{indent}  {other.text}" for other in captions[1:])]
+    sure = f" ({captions[0].confidence:.0%} confident)"
+    expected = [f"{path}: {captions[0].text}{sure}", *(f"{indent}  {other.text}" for other in captions[1:])]
     assert result.stdout.splitlines() == expected
 
 
@@ -211,7 +219,7 @@ def test_explain_writes_a_figure_and_tells_each_word(captioner, example_photos, 
     assert result.exit_code == 0
     caption = captioner.caption(path, beam_size=2)
     first, _, *lines = result.stdout.splitlines()
-    assert first == f"{path}: {caption.text}"
+    assert first == f"{path}: {caption.text} ({caption.confidence:.0%} confident)"
     for word, line in zip(caption.words, lines, strict=False):
         row, column = np.unravel_index(word.attention.argmax(), word.attention.shape)
         assert line.split()[:2] == [word.text, f"{word.probability:.2f}"]
@@ -225,7 +233,7 @@ def test_explain_draws_a_given_sentence_into_every_kind_of_file(photo, suffix):
     figure = photo.parent / f"figure{suffix}"
     result = run("explain", photo, "-o", figure, "--sentence", "a dog")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"{photo}: A dog.\n")
+    assert result.stdout.startswith(f"{photo}: A dog. (")
     assert figure.stat().st_size > 1000
 
 

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from captioner.checkpoint import CONFIG
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
-from training import export, results
+from training import export, results, survey
 from training.callbacks import HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord
 from training.data import CaptionData
 from training.module import CaptionModule
@@ -173,7 +173,10 @@ _PLAIN_WORDS = (
     (r"[Ff]ile does not exist: (.*)$", r"\1: no such file; check the path"),
     (r"^Problems parsing config: (.*)$", r"--config: not YAML: \1; mend it"),
     (r"^Unexpected config: (.*)$", r"--config: settings expected, such as 'model:' and 'data:', got \1; mend it"),
-    (r"^.*\bsubcommand\b.*$", "say what to do: python -m training fit, validate or export, or results; see --help"),
+    (
+        r"^.*\bsubcommand\b.*$",
+        "say what to do: python -m training fit, validate or export, results, survey; see --help",
+    ),
 )
 
 
@@ -266,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return export.main(given[1:])
         if given[:1] == ["results"]:
             return results.main(given[1:])
+        if given[:1] == ["survey"]:
+            return survey.main(given[1:])
         _run(None if arguments is None else given)
     except BaseException as err:
         # Lightning's answer to Ctrl+C is a SystemExit.
