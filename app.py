@@ -270,7 +270,7 @@ def describe(captioner: Captioner, path: str, name: str, *, beam_size: int, n_be
 
 
 def _sure(confidence: float | None) -> str:
-    """Say a confidence in words; of dev captions a quarter lies below 1/3, and pictures of other worlds far below."""
+    """Say a confidence in words; of dev captions the bundled model's mean is 0.49, of other worlds 0.10."""
     if confidence is None:
         return ""
     percent = f"Confidence {confidence:.0%}"
