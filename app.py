@@ -275,7 +275,7 @@ def _sure(confidence: float | None) -> str:
         return ""
     percent = f"Confidence {confidence:.0%}"
     if confidence < 0.15:
-        return f"{percent}: this caption is probably wrong. The picture is unlike those the model has seen."
+        return f"{percent}: this caption is probably wrong. The picture may be unlike those the model has seen."
     if confidence < 0.35:
         return f"{percent}: the model is unsure of this caption; look at the photo before you use it."
     return f"{percent}: the chance that this is one of the model's better captions."

@@ -24,8 +24,8 @@ from captioner.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.export import load_run
 from training.mosaics import (
     PARTS,
-    content_share,
     content_words,
+    has_content,
     make_mosaics,
     one_caption_each,
     pointing_loss,
@@ -129,12 +129,10 @@ def test_content_words_are_all_but_special_tokens_and_function_words():
     assert left_out == {*SPECIAL_TOKENS, "a", "and", "'s", "are", "in", "the", "behind", "it"}
 
 
-def test_the_shares_of_content_words_are_kept_in_order_whatever_their_capitals():
-    assert content_share(["A", "Dog", "in", "The", "grass"], [0.1, 0.2, 0.3, 0.4, 0.5]) == [0.2, 0.5]
-    assert content_share(sorted(FUNCTION_WORDS), [1.0] * len(FUNCTION_WORDS)) == []
-    assert content_share([], []) == []
-    with pytest.raises(ValueError, match="zip"):
-        content_share(["dog"], [])
+def test_function_words_have_no_content_whatever_their_capitals():
+    assert [word for word in ("A", "Dog", "in", "The", "grass") if has_content(word)] == ["Dog", "grass"]
+    assert not any(map(has_content, FUNCTION_WORDS))
+    assert not any(has_content(word.upper()) for word in FUNCTION_WORDS)
 
 
 # --- The loss that points ---

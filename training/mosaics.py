@@ -9,8 +9,6 @@ Shapes: B pictures, M = B // 4 mosaics of four pictures, N = 4 M captions, T tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -77,7 +75,7 @@ def content_words(tokenizer: Tokenizer) -> Tensor:
     special = {tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.unknown_id}
     return torch.tensor(
         [
-            token_id not in special and tokenizer.word(token_id).lower() not in FUNCTION_WORDS
+            token_id not in special and has_content(tokenizer.word(token_id))
             for token_id in range(tokenizer.vocabulary_size)
         ]
     )
@@ -120,14 +118,6 @@ def one_caption_each(tokens_NT: Tensor, order_B: Tensor, chosen_B: Tensor, *, pi
     return captions_BRT[used, chosen_B[used]]
 
 
-def content_share(words: Sequence[str], shares: Sequence[float]) -> list[float]:
-    """Return the shares of those words that are no function words.
-
-    Args:
-        words: of a caption.
-        shares: of their attention in some part of the picture.
-
-    Returns:
-        In order.
-    """
-    return [share for word, share in zip(words, shares, strict=True) if word.lower() not in FUNCTION_WORDS]
+def has_content(word: str) -> bool:
+    """Return whether a word says something of its own: it is none of `FUNCTION_WORDS`, whatever its capitals."""
+    return word.lower() not in FUNCTION_WORDS

@@ -23,7 +23,7 @@ from captioner.images import open_picture
 from captioner.metrics import Interval
 from captioner.metrics.intervals import bootstrap
 from captioner.preprocessing import squash
-from training.mosaics import PARTS, content_share, quadrant_shares
+from training.mosaics import PARTS, has_content, quadrant_shares
 from training.sources import CaptionedPicture
 
 CHANCE = 1 / PARTS
@@ -196,13 +196,13 @@ def _readable(captioner: Captioner, picture: CaptionedPicture) -> str:
     for caption in picture.captions:
         words = tokenizer.split(caption)
         fits = len(words) < captioner.config.max_tokens and not tokenizer.unknown_words(caption)
-        if fits and content_share(words, [0.0] * len(words)):
+        if fits and any(map(has_content, words)):
             return caption
     return ""
 
 
 def _content(words: Sequence[Word]) -> list[Word]:
-    return [word for word in words if content_share([word.text], [0.0])]
+    return [word for word in words if has_content(word.text)]
 
 
 def _share(maps: NDArray[np.float32], share_P: Floats) -> Any:
