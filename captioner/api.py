@@ -8,12 +8,10 @@ import itertools
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from captioner.caption import Caption, Word, make_captions, make_word
@@ -22,9 +20,9 @@ from captioner.confidence import confidence
 from captioner.config import ModelConfig, SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
-from captioner.images import Source, open_picture
-from captioner.overlay import PANEL_SIDE_PX
-from captioner.preprocessing import to_pixels
+from captioner.images import Source
+from captioner.prepared import PreparedPicture, prepare
+from captioner.preprocessing import normalise
 from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord, score_tokens, search, stream
 from captioner.tokenizer import Tokenizer
 
@@ -89,12 +87,12 @@ class Captioner:
         """
         save_checkpoint(Checkpoint(self.model, self.tokenizer, self.card), folder)
 
-    def caption(self, picture: Source, **options: Any) -> Caption:
+    def caption(self, picture: Source | PreparedPicture, **options: Any) -> Caption:
         """Caption one picture.
 
         Args:
             picture: a path, `bytes`, a binary file, a `PIL.Image`, a `uint8` numpy array [H, W, 3], [H, W] or
-                [H, W, 4], or a `uint8` torch tensor [3, H, W].
+                [H, W, 4], a `uint8` torch tensor [3, H, W], or what `prepare` made of one of them.
             **options: search options, such as `beam_size=5, n_best=3`; see `SearchOptions`. What is left out is as
                 the model's own `config.search` says.
 
@@ -107,14 +105,14 @@ class Captioner:
             SearchError: when no caption can be as the options ask.
         """
         arguments = self._search_arguments(options)
-        (found,) = self._run([self._prepare(picture)], *arguments)
+        (found,) = self._run([self.prepare(picture)], *arguments)
         if isinstance(found, SearchError):
             raise found
         return found
 
     def caption_batch(
         self,
-        pictures: Iterable[Source],
+        pictures: Iterable[Source | PreparedPicture],
         *,
         batch_size: int = 32,
         on_error: Literal["raise", "return"] = "raise",
@@ -155,7 +153,7 @@ class Captioner:
 
     def _caption_stream(
         self,
-        pictures: Iterator[Source],
+        pictures: Iterator[Source | PreparedPicture],
         batch_size: int,
         on_error: str,
         options: SearchOptions,
@@ -167,10 +165,10 @@ class Captioner:
             chunk, fault = _pull(pictures, batch_size)
             if not chunk and fault is None:
                 return
-            inputs: list[_Input | ImageError] = []
+            inputs: list[PreparedPicture | ImageError] = []
             for picture in chunk:
                 try:
-                    inputs.append(self._prepare(picture))
+                    inputs.append(self.prepare(picture))
                 except ImageError as err:
                     inputs.append(err)
                     if on_error == "raise":
@@ -184,7 +182,7 @@ class Captioner:
                 yield result
         raise fault
 
-    def features(self, pictures: Sequence[Source]) -> Tensor:
+    def features(self, pictures: Sequence[Source | PreparedPicture]) -> Tensor:
         """Return what the encoder sees: the features that the decoder attends to.
 
         Args:
@@ -199,9 +197,9 @@ class Captioner:
         """
         if not len(pictures):
             raise ConfigError("features needs at least one picture")
-        return self._encode([self._prepare(picture) for picture in pictures])
+        return self._encode([self.prepare(picture) for picture in pictures])
 
-    def stream(self, picture: Source, **options: Any) -> Iterator[Word]:
+    def stream(self, picture: Source | PreparedPicture, **options: Any) -> Iterator[Word]:
         """Caption one picture and give each word as it is found.
 
         Args:
@@ -218,7 +216,7 @@ class Captioner:
                 the model writes.
         """
         chosen, _, ban = self._search_arguments({"method": "greedy", **options})
-        prepared = self._prepare(picture)
+        prepared = self.prepare(picture)
         # It checks the options and starts the search here and now, not when the first word is asked for.
         found = stream(
             self.model.decoder,
@@ -242,7 +240,7 @@ class Captioner:
                 self.model.encoder.grid_hw,
             )
 
-    def score(self, picture: Source, sentence: str) -> Caption:
+    def score(self, picture: Source | PreparedPicture, sentence: str) -> Caption:
         """Read a given sentence as the picture's caption: how probable is each word, and where would it look?
 
         Args:
@@ -262,7 +260,7 @@ class Captioner:
             raise SearchError(
                 f"the sentence has {len(phrase.token_ids)} words, this model reads at most {limit}; shorten it"
             )
-        prepared = self._prepare(picture)
+        prepared = self.prepare(picture)
         grid_1PC = self._encode([prepared])
         hypothesis = score_tokens(self.model.decoder, grid_1PC, vocabulary=self._vocabulary, token_ids=phrase.token_ids)
         return self._captions([prepared], grid_1PC, [[hypothesis]])[0]
@@ -288,17 +286,53 @@ class Captioner:
             )
         return Phrase(text, token_ids)
 
-    def _prepare(self, source: Source) -> _Input:
-        return _Input(source, self.config, self.model.encoder.grid_hw)
+    def prepare(self, picture: Source | PreparedPicture) -> PreparedPicture:
+        """Decode and resize a picture for this model; what comes out is a picture for every method too.
 
-    def _encode(self, inputs: Sequence[_Input]) -> Tensor:
-        pixels = torch.stack([item.pixels for item in inputs]).to(self.device)
+        Without a captioner at hand, as in another process: `captioner.prepared.prepare(picture,
+        config.preprocessing)`.
+
+        Args:
+            picture: as for `caption`.
+
+        Returns:
+            The prepared picture; one that is prepared already as it is.
+
+        Raises:
+            ImageError: when the picture cannot be read.
+            ConfigError: when it was prepared for a model with another side.
+        """
+        config = self.config.preprocessing
+        if not isinstance(picture, PreparedPicture):
+            return prepare(picture, config)
+        if picture.pixels_u8.shape != (3, config.side_px, config.side_px):
+            raise ConfigError(
+                f"{picture.name}: prepared as {list(picture.pixels_u8.shape)}, this model takes "
+                f"{[3, config.side_px, config.side_px]}; prepare it with this model's config.preprocessing"
+            )
+        return picture
+
+    def _geometry(self, picture: PreparedPicture) -> Geometry:
+        side_px = self.config.preprocessing.side_px
+        return Geometry(
+            picture_hw_px=picture.picture_hw_px,
+            input_hw_px=(side_px, side_px),
+            grid_hw=self.model.encoder.grid_hw,
+        )
+
+    def _encode(self, inputs: Sequence[PreparedPicture]) -> Tensor:
+        square_u8 = torch.from_numpy(np.stack([item.pixels_u8 for item in inputs])).to(self.device)
         with torch.inference_mode():
+            pixels = normalise(square_u8, self.config.preprocessing)
             grid_BPC: Tensor = self.model.encoder(pixels.contiguous(memory_format=torch.channels_last))
         return grid_BPC
 
     def _run(
-        self, inputs: Sequence[_Input], options: SearchOptions, must_include: Sequence[Phrase], ban: Sequence[Phrase]
+        self,
+        inputs: Sequence[PreparedPicture],
+        options: SearchOptions,
+        must_include: Sequence[Phrase],
+        ban: Sequence[Phrase],
     ) -> list[Caption | SearchError]:
         """Return the caption of each picture, or why the search found none for it."""
         if not inputs:
@@ -324,7 +358,9 @@ class Captioner:
             return [named]
         return [*self._captions(inputs, grid_BPC, found)]
 
-    def _captions(self, inputs: Sequence[_Input], grid_BPC: Tensor, found: Sequence[list[Hypothesis]]) -> list[Caption]:
+    def _captions(
+        self, inputs: Sequence[PreparedPicture], grid_BPC: Tensor, found: Sequence[list[Hypothesis]]
+    ) -> list[Caption]:
         familiarity = self.model.familiarity
         with torch.inference_mode():
             strangeness = [None] * len(inputs) if familiarity is None else familiarity(grid_BPC).tolist()
@@ -332,7 +368,7 @@ class Captioner:
             make_captions(
                 hypotheses,
                 tokenizer=self.tokenizer,
-                geometry=item.geometry,
+                geometry=self._geometry(item),
                 picture=item.source,
                 confidence_of=functools.partial(self._confidence, strangeness=strange),
             )
@@ -351,67 +387,11 @@ class Captioner:
         )
 
 
-class _Input:
-    """A picture made ready for the model.
-
-    Args:
-        source: as handed over.
-        config: of the model.
-        grid_hw: of the encoder.
-    """
-
-    def __init__(self, source: Source, config: ModelConfig, grid_hw: tuple[int, int]) -> None:
-        side_px = config.preprocessing.side_px
-        recording = _Recording(source) if hasattr(source, "read") else None
-        picture = open_picture(cast(Source, recording or source), side_px=side_px)
-        self.pixels = to_pixels(picture.image, config.preprocessing)
-        self.geometry = Geometry(picture_hw_px=picture.full_hw_px, input_hw_px=(side_px, side_px), grid_hw=grid_hw)
-        self.name = picture.name
-        self.source: Source = source
-        if recording is not None:
-            self.source = b"".join(recording.chunks)
-        elif isinstance(source, str | os.PathLike):
-            # A relative path would mean another file once the program changes its folder.
-            self.source = Path(os.fsdecode(source)).absolute()
-        elif isinstance(source, bytearray | memoryview):  # its owner may change it, as what follows
-            self.source = bytes(source)
-        elif isinstance(source, np.ndarray | Tensor | Image.Image):
-            self.source = _thumbnail(picture.image)
-
-
-class _Recording:
-    """A binary file that keeps what is read from it, since it can be read only once.
-
-    Args:
-        file: to read from.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.name = getattr(file, "name", None)
-        self.chunks: list[bytes] = []
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes of the file, at most `size`."""
-        chunk: bytes = self._file.read(size)
-        if isinstance(chunk, bytes | bytearray | memoryview):  # else `open_picture` says what is wrong with it
-            self.chunks.append(bytes(chunk))
-        return chunk
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    """Return what a figure needs of a picture; cheap, since most captions are never drawn."""
-    if max(image.size) <= PANEL_SIDE_PX:
-        return image
-    scale = PANEL_SIDE_PX / max(image.size)
-    width_px, height_px = (max(1, round(scale * side_px)) for side_px in image.size)
-    # Four samples make a pixel: all of them would take ten times as long and look hardly better at this size.
-    return image.resize((2 * width_px, 2 * height_px), Image.Resampling.NEAREST).reduce(2)
-
-
-def _pull(pictures: Iterator[Source], count: int) -> tuple[list[Source], Exception | None]:
+def _pull(
+    pictures: Iterator[Source | PreparedPicture], count: int
+) -> tuple[list[Source | PreparedPicture], Exception | None]:
     """Return the next pictures, at most `count`, and what the iterator raised after them."""
-    chunk: list[Source] = []
+    chunk: list[Source | PreparedPicture] = []
     try:
         for picture in itertools.islice(pictures, count):
             chunk.append(picture)

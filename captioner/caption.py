@@ -83,13 +83,14 @@ class Caption:
             ConfigError: when there is no picture to draw.
             ImageError: when the picture cannot be opened any more.
         """
-        from captioner.overlay import PANEL_SIDE_PX, draw_words
+        from captioner.overlay import draw_words
+        from captioner.prepared import FIGURE_SIDE_PX
 
         source = self.picture if picture is None else picture
         if source is None:
             raise ConfigError("this caption does not hold its picture; hand it over: caption.figure(picture)")
         # A panel is small: what is decoded at reduced scale is still as large as it.
-        return draw_words(open_picture(source, side_px=PANEL_SIDE_PX).image, self.words, title=self.text)
+        return draw_words(open_picture(source, side_px=FIGURE_SIDE_PX).image, self.words, title=self.text)
 
     def to_record(self, image: str) -> dict[str, Any]:
         """Return the JSON record of the caption, as the command line writes it.

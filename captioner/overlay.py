@@ -11,6 +11,7 @@ from PIL import Image
 
 from captioner.errors import ConfigError
 from captioner.geometry import Map, grid_to_picture
+from captioner.prepared import FIGURE_SIDE_PX
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 COLOUR_MAP = "viridis"
 OPACITY = 0.65
 COLUMNS = 5
-PANEL_SIDE_PX = 512
 
 
 class DrawnWord(Protocol):
@@ -85,7 +85,7 @@ def draw_words(image: Image.Image, words: Sequence[DrawnWord], *, title: str, co
     from matplotlib.figure import Figure
 
     small = image.copy()
-    small.thumbnail((PANEL_SIDE_PX, PANEL_SIDE_PX))
+    small.thumbnail((FIGURE_SIDE_PX, FIGURE_SIDE_PX))
     columns = min(COLUMNS, len(words) + 1)
     rows = math.ceil((len(words) + 1) / columns)
     aspect = min(3.0, max(1 / 3, small.height / small.width))

@@ -11,7 +11,8 @@ from PIL import Image
 
 from captioner import ConfigError
 from captioner.geometry import Geometry
-from captioner.overlay import PANEL_SIDE_PX, draw_words, tint
+from captioner.overlay import draw_words, tint
+from captioner.prepared import FIGURE_SIDE_PX
 
 GRID_HW = (7, 7)
 
@@ -119,7 +120,7 @@ def test_a_large_picture_is_drawn_small_and_left_alone():
     image = Image.new("RGB", (4000, 1000), "red")
     figure = draw_words(image, [DrawnWord("word", one_cell(0, 0))], title="")
     assert image.size == (4000, 1000)
-    assert panels(figure)[0].images[0].get_array().shape == (PANEL_SIDE_PX // 4, PANEL_SIDE_PX, 3)
+    assert panels(figure)[0].images[0].get_array().shape == (FIGURE_SIDE_PX // 4, FIGURE_SIDE_PX, 3)
 
 
 @pytest.mark.parametrize("size_wh_px", [(2000, 10), (10, 2000)])

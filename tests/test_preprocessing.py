@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from captioner.config import PreprocessingConfig
-from captioner.preprocessing import normalise, squash, to_pixels
+from captioner.prepared import squash
+from captioner.preprocessing import normalise, to_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -22,7 +22,7 @@ from captioner.errors import ConfigError, DataError
 from captioner.images import open_picture
 from captioner.metrics import Interval
 from captioner.metrics.intervals import bootstrap
-from captioner.preprocessing import squash
+from captioner.prepared import squash
 from training.mosaics import PARTS, has_content, quadrant_shares
 from training.sources import CaptionedPicture
 
