@@ -12,7 +12,16 @@ from hypothesis.extra.numpy import arrays
 from captioner import ConfigError, DataError, MetricError
 from captioner.metrics import bleu, evaluate, tokenize
 from captioner.tokenizer import END, Tokenizer
-from training.rewards import CaptionReward, RewardConfig, SentenceBleu, advantages
+from training.mosaics import has_content
+from training.rewards import (
+    CaptionReward,
+    RewardConfig,
+    SentenceBleu,
+    SentenceOverlap,
+    advantages,
+    most_often,
+    said_too_often,
+)
 
 PAD, END_ID = Tokenizer.pad_id, Tokenizer.end_id
 VOCABULARY = "a man two dogs runs with the on red ball in park's snow near child jumps over white t-shirt gonna"
@@ -98,7 +107,10 @@ def test_reward_of_whole_sentences_is_the_reported_score_of_texts_that_say_their
     assert reported > 1
 
 
-@pytest.mark.parametrize("weights", [{"cider": 1.0}, {"cider": 0.0, "bleu4": 1.0}, {"cider": 1.0, "bleu4": 0.5}])
+@pytest.mark.parametrize(
+    "weights",
+    [{"cider": 1.0}, {"cider": 0.0, "bleu4": 1.0}, {"cider": 1.0, "bleu4": 0.5}, {"cider": 0.0, "overlap": 1.0}],
+)
 def test_a_sentence_that_ends_whole_is_worth_more_than_the_same_broken_off(weights):
     references = {f"{i}.jpg": ["A man runs with two dogs.", "Two dogs run."] for i in range(2)}
     references["other.jpg"] = ["The child jumps over snow."]
@@ -163,6 +175,71 @@ def test_sentence_bleu_tells_better_from_worse_without_a_matching_4_gram():
     assert 0 < scorer.score(list("axcxex")) < scorer.score(list("abxdex")) < scorer.score(list("abcxex")) < 1
 
 
+# ---------------------------------------------------------------- overlap and repetition
+
+TEXTS = st.lists(st.sampled_from(["a", "the", "on", "sink", "dog", "red"]), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=150)
+@given(found=TEXTS, truth=st.lists(TEXTS, min_size=1, max_size=4))
+def test_overlap_follows_the_definition_of_meteor_word_by_word(found, truth):
+    """Matches are taken one by one, as a person would cross words out, and weighed at the end."""
+
+    def weight(words):
+        return sum(0.75 if has_content(word) else 0.25 for word in words)
+
+    scores = []
+    for reference in truth:
+        left, matched = list(reference), []
+        for word in found:
+            if word in left:
+                left.remove(word)
+                matched.append(word)
+        p, r = weight(matched) / weight(found), weight(matched) / weight(reference)
+        scores.append(p * r / (0.85 * p + 0.15 * r) if matched else 0.0)
+    assert SentenceOverlap(truth).score(found) == pytest.approx(max(scores), rel=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(truth=st.lists(TEXTS, min_size=1, max_size=4))
+def test_overlap_of_a_reference_is_one_and_of_other_words_nothing(truth):
+    assert SentenceOverlap(truth).score(truth[0]) == pytest.approx(1)
+    assert SentenceOverlap(truth).score(["zebra"]) == SentenceOverlap(truth).score([]) == 0
+
+
+def words(text):
+    return text.split()
+
+
+def test_what_is_missing_costs_overlap_more_than_what_is_too_much():
+    scorer = SentenceOverlap([words("a dog runs on red grass")])
+    missing, spare = scorer.score(words("a dog runs")), scorer.score(words("a dog runs on red grass near big trees"))
+    assert missing < spare < 1
+
+
+def test_only_content_words_beyond_any_reference_are_said_too_often():
+    most = most_often([words("a white sink and a sink"), words("a dog on a rug")])
+    assert said_too_often(words("a white sink and a white sink"), most) == 1
+    assert said_too_often(words("a sink and a sink and a sink"), most) == 1
+    assert said_too_often(words("a dog and a dog and a dog"), most) == 2
+    assert said_too_often(words("a a a the the sink"), most) == 0
+    assert said_too_often(words("zebra zebra"), most) == 1
+
+
+def test_repetition_costs_what_the_settings_say_and_overlap_earns_it():
+    names = list(REFERENCES)
+    rng = random.Random(4)
+    captions = [rng.choices(KNOWN, k=5) * 2 + [END_ID] for _ in names]
+    plain = reward_of().score(names, captions)
+    both = reward_of(overlap=2.0, repeats=0.5).score(names, captions)
+    found = [tokens_of(row) for row in captions]
+    truth = [[[*tokenize(text), END] for text in REFERENCES[name]] for name in names]
+    earned = [2.0 * SentenceOverlap(t).score(text) for t, text in zip(truth, found, strict=True)]
+    cost = [0.5 * said_too_often(text, most_often(t)) for t, text in zip(truth, found, strict=True)]
+    assert max(cost) > 0
+    np.testing.assert_allclose(both, plain + np.array(earned) - np.array(cost), atol=1e-12)
+
+
 # ---------------------------------------------------------------- advantages
 
 REWARDS = arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-10, 10))
@@ -205,7 +282,10 @@ def test_advantage_over_greedy_is_the_difference(rewards, greedy):
         ({"cider": -1.0}, "rewards.cider must be"),
         ({"bleu4": float("nan")}, "rewards.bleu4 must be"),
         ({"bleu4": float("inf")}, "rewards.bleu4 must be"),
-        ({"cider": 0.0}, "both 0"),
+        ({"cider": 0.0}, "all 0"),
+        ({"overlap": -0.5}, "rewards.overlap must be"),
+        ({"repeats": float("inf")}, "rewards.repeats must be"),
+        ({"cider": 0.0, "repeats": 1.0}, "all 0"),
         ({"baseline": "mean"}, "rewards.baseline must be one of mean_of_others, greedy, got 'mean'"),
         ({"samples": 1}, "rewards.samples must be at least 2"),
         ({"baseline": "greedy", "samples": 0}, "rewards.samples must be at least 1"),

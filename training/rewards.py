@@ -23,6 +23,7 @@ from captioner.metrics import CiderD
 from captioner.metrics import tokenize as ptb_tokenize
 from captioner.metrics.bleu import MAX_ORDER
 from captioner.tokenizer import END, Tokenizer
+from training.mosaics import has_content
 
 Floats = NDArray[np.float64]
 Baseline = Literal["mean_of_others", "greedy"]
@@ -31,11 +32,14 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What self-critical training rewards: `cider` x CIDEr-D + `bleu4` x BLEU-4.
+    """What self-critical training rewards: a weighted sum of scores, less what is said twice.
 
     Args:
         cider: weight of CIDEr-D, which runs from 0 to 10; a good captioner is near 1.
         bleu4: weight of the smoothed BLEU-4 of the sentence, which runs from 0 to 1; see `SentenceBleu`.
+        overlap: weight of METEOR's F over single words, which runs from 0 to 1 and counts what is missing more than
+            what is too much, so that captions do not get shorter and shorter; see `SentenceOverlap`.
+        repeats: what every content word costs that is said more often than in any reference ("a sink and a sink").
         baseline: what a reward is compared with: "mean_of_others", the other samples of the picture (Luo 2020), or
             "greedy", the caption of greedy search (Rennie et al. 2017).
         samples: captions drawn for each picture.
@@ -46,15 +50,20 @@ class RewardConfig:
 
     cider: float = 1.0
     bleu4: float = 0.0
+    overlap: float = 0.0
+    repeats: float = 0.0
     baseline: Baseline = "mean_of_others"
     samples: int = 5
 
     def __post_init__(self) -> None:
-        for name, weight in (("cider", self.cider), ("bleu4", self.bleu4)):
+        for name in ("cider", "bleu4", "overlap", "repeats"):
+            weight = getattr(self, name)
             if not 0.0 <= weight < math.inf:
                 raise ConfigError(f"rewards.{name} must be a finite number, at least 0, got {weight!r}")
-        if self.cider == 0 and self.bleu4 == 0:
-            raise ConfigError("rewards.cider and rewards.bleu4 are both 0: nothing is rewarded; raise one of them")
+        if self.cider == self.bleu4 == self.overlap == 0:
+            raise ConfigError(
+                "rewards.cider, rewards.bleu4 and rewards.overlap are all 0: nothing is rewarded; raise one of them"
+            )
         if self.baseline not in BASELINES:
             raise ConfigError(f"rewards.baseline must be one of {', '.join(BASELINES)}, got {self.baseline!r}")
         least = 2 if self.baseline == "mean_of_others" else 1
@@ -101,6 +110,8 @@ class CaptionReward:
         tokens = [[[*tokenize(text), END] for text in captions] for captions in references.values()]
         self._cider = CiderD(tokens) if config.cider > 0 else None
         self._bleu = [SentenceBleu(sentences) for sentences in tokens] if config.bleu4 > 0 else []
+        self._overlap = [SentenceOverlap(sentences) for sentences in tokens] if config.overlap > 0 else []
+        self._most = [most_often(sentences) for sentences in tokens] if config.repeats > 0 else []
 
     def score(self, names: Sequence[str], captions: Sequence[Sequence[int]]) -> Floats:
         """Return the reward of each caption.
@@ -128,6 +139,12 @@ class CaptionReward:
         if self._config.bleu4 > 0:
             bleu4 = [self._bleu[index].score(found) for found, index in zip(words, indices, strict=True)]
             rewards += self._config.bleu4 * np.array(bleu4, dtype=np.float64)
+        if self._config.overlap > 0:
+            overlap = [self._overlap[index].score(found) for found, index in zip(words, indices, strict=True)]
+            rewards += self._config.overlap * np.array(overlap, dtype=np.float64)
+        if self._config.repeats > 0:
+            repeats = [said_too_often(found, self._most[index]) for found, index in zip(words, indices, strict=True)]
+            rewards -= self._config.repeats * np.array(repeats, dtype=np.float64)
         return rewards
 
     def _words(self, caption: Sequence[int]) -> list[str]:
@@ -167,6 +184,63 @@ class SentenceBleu:
         closest = min(self._lengths, key=lambda length: abs(length - len(tokens)))
         brevity = min(0.0, 1.0 - closest / len(tokens))
         return math.exp(brevity + math.fsum(map(math.log, precisions)) / MAX_ORDER)
+
+
+class SentenceOverlap:
+    """The words that a sentence shares with the references of one picture: the F of METEOR 1.5 for exact matches.
+
+    P and R are the shares of the sentence's and the reference's words that match, words of content three times as
+    heavy as others (0.75 and 0.25); F = P R / (0.85 P + 0.15 R); the best reference counts (Denkowski & Lavie 2014,
+    sec. 3, the parameters for English). Stems, synonyms, paraphrases and the order of words are left out.
+
+    Args:
+        references: tokenised; at least one.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self._references = [Counter(reference) for reference in references]
+
+    def score(self, tokens: Sequence[str]) -> float:
+        """Return the score of a sentence, 0 to 1; 0 where no word matches."""
+        found = Counter(tokens)
+        return max(self._f(found, reference) for reference in self._references)
+
+    @staticmethod
+    def _f(found: Counter[str], reference: Counter[str]) -> float:
+        matched = _weight(found & reference)
+        if matched == 0:
+            return 0.0
+        precision, recall = matched / _weight(found), matched / _weight(reference)
+        return precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
+
+
+_ALPHA, _CONTENT, _FUNCTION = 0.85, 0.75, 0.25
+
+
+def _weight(words: Counter[str]) -> float:
+    return sum(count * (_CONTENT if has_content(word) else _FUNCTION) for word, count in words.items())
+
+
+def most_often(references: Sequence[Sequence[str]]) -> Counter[str]:
+    """Return each word of the references with its count in the one that says it most often."""
+    most: Counter[str] = Counter()
+    for reference in references:
+        most |= Counter(reference)
+    return most
+
+
+def said_too_often(tokens: Sequence[str], most: Counter[str]) -> int:
+    """Return how many content words repeat one that no reference repeats as often.
+
+    Args:
+        tokens: of a sentence.
+        most: of the references, `most_often`; a word that is in none may be said once.
+
+    Returns:
+        The number of words too many.
+    """
+    counts = Counter(filter(has_content, tokens))
+    return sum(max(0, count - max(1, most[word])) for word, count in counts.items())
 
 
 def _grams(tokens: Sequence[str]) -> Iterator[tuple[str, ...]]:
