@@ -1,15 +1,26 @@
-"""A real headless Chromium, and what a page did in it."""
+"""A real headless Chromium, what a page did in it, and what a user does there."""
 
+import base64
 import contextlib
+import io
+import os
 import shutil
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import app
 
 # Generous: a machine may be busy with other work. Nothing waits longer than it must.
 TIMEOUT_MS = 180_000
 LOCAL_SCHEMES = ("data", "blob")
+WIDE, TALL, TURNED = "wide", "tall", "turned by EXIF"
+# Stored width and height, EXIF orientation.
+SHAPES = {WIDE: ((600, 200), 1), TALL: ((200, 600), 1), TURNED: ((640, 480), 6)}
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
@@ -35,6 +46,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def serve(captioner, **options):
+    """Serve a page; return it, to be closed, and its url."""
+    page = app.build_app(captioner, **options)
+    return page, app.start(page, host="127.0.0.1", port=free_port())
+
+
 class Watch:
     """Notes every request, error and exception of a page.
 
@@ -43,10 +60,22 @@ class Watch:
     """
 
     def __init__(self, page):
-        self.requests, self.errors = [], []
+        self.requests, self.errors, self._late = [], [], 0
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("console", self._note)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _note(self, message):
+        if message.type != "error":
+            return
+        # On a busy machine Gradio's own bar for an upload asks too late, or too early, and is told so after 3 seconds;
+        # the browser says it once, and Gradio a second time as a bare "Response".
+        if "/upload_progress" in message.location.get("url", ""):
+            self._late += 1
+        elif message.text == "Response" and self._late:
+            self._late -= 1
+        else:
+            self.errors.append(message.text)
 
     def strangers(self):
         """Return the requests that went anywhere but to this machine."""
@@ -56,3 +85,53 @@ class Watch:
             for url in urls
             if url.scheme not in LOCAL_SCHEMES and url.hostname not in ("127.0.0.1", "localhost")
         ]
+
+
+# --- What a user does ---
+
+
+def upright_hw(shape):
+    """Return the height and width of a photo as a person sees it."""
+    (width, height), orientation = SHAPES[shape]
+    return (width, height) if orientation == 6 else (height, width)
+
+
+def save_photo(path, shape, *, grey=False):
+    """Write a photo of noise, or of one grey, and return its path."""
+    size_wh_px, orientation = SHAPES[shape]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(np.full_like(noise, 128) if grey else noise).resize(size_wh_px).save(path, exif=exif)
+    return path
+
+
+def upload(page, path):
+    page.set_input_files("input[type=file]", path)
+
+
+def wait_for_captions(page):
+    page.wait_for_selector("[data-part=rest]:not(.waiting) .captions button")
+
+
+def upload_photo(page, path):
+    upload(page, path)
+    wait_for_captions(page)
+
+
+def word(page, text):
+    return page.locator(".stage .words button", has_text=text)
+
+
+def pressed(page, group=".stage .words"):
+    return [button.get_attribute("aria-pressed") == "true" for button in page.locator(f"{group} button").all()]
+
+
+def decoded(data_uri):
+    """Return the pixels of a picture in a data URI, [height, width, red green blue alpha]."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data_uri.partition(",")[2]))).convert("RGBA"))
+
+
+def screenshot(page, name):
+    if folder := os.environ.get("CAPTIONER_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)

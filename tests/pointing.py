@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from captioner import Caption, SearchOptions, Word
+from captioner import Caption, SearchError, SearchOptions, Word
 from captioner.geometry import Geometry
 from captioner.images import open_picture
 
@@ -18,31 +18,77 @@ CELLS = {
 }
 
 
-def pointing_word(text, cell):
+FIRST_READING = ("some", "first", "reading")
+LAYERS, HEADS = 2, 3
+
+
+def head_cell(cell, layer, head):
+    """Where a single head looks: never where the summary does."""
+    return ((cell[0] + layer + 1) % GRID_HW[0], (cell[1] + head + 1) % GRID_HW[1])
+
+
+def _map(seed, cell):
     # Uneven everywhere, so that a map which is turned or shifted is another map; the peak stands out all the same.
-    attention = 0.5 * np.random.default_rng(len(text)).random(GRID_HW, dtype=np.float32)
-    attention[cell] = 1
-    attention /= attention.sum()
-    return Word(text=text, probability=0.42, attention=attention, attention_heads=attention[None, None])
+    weights = 0.5 * np.random.default_rng(seed).random(GRID_HW, dtype=np.float32)
+    weights[cell] = 1
+    return weights / weights.sum()
+
+
+def pointing_word(text, cell, probability=0.42):
+    heads = [[_map(layer + head, head_cell(cell, layer, head)) for head in range(HEADS)] for layer in range(LAYERS)]
+    return Word(
+        text=text, probability=probability, attention=_map(len(text), cell), attention_heads=np.array(heads, np.float32)
+    )
+
+
+def pointing_words(texts):
+    return tuple(pointing_word(text, CELLS[text]) for text in texts)
 
 
 class PointingCaptioner:
-    """Reads real pictures and real options, and says always the same."""
+    """Reads real pictures and real options, and says always the same.
+
+    Args:
+        confidence: of every caption.
+        gate: called with the picture before each word of a stream and before a caption; it may wait.
+    """
+
+    def __init__(self, *, confidence=None, gate=lambda picture: None):
+        self.confidence = confidence
+        self.gate = gate
+
+    def _caption(self, picture, words, *, number, text, alternatives=()):
+        size_hw_px = open_picture(picture).full_hw_px
+        return Caption(
+            text=text,
+            score=-0.5 - number,
+            words=words,
+            end_probability=0.9,
+            finished=number != 3,
+            confidence=self.confidence,
+            geometry=Geometry(picture_hw_px=size_hw_px, input_hw_px=(224, 224), grid_hw=GRID_HW),
+            alternatives=alternatives,
+        )
 
     def caption(self, picture, **options):
         chosen = SearchOptions.from_dict(options)
-        geometry = Geometry(picture_hw_px=open_picture(picture).full_hw_px, input_hw_px=(224, 224), grid_hw=GRID_HW)
-        words = tuple(pointing_word(text, cell) for text, cell in CELLS.items())
+        self.gate(picture)
 
         def caption(number, alternatives=()):
-            return Caption(
-                text=f"<i>Caption</i> {number}.",
-                score=-0.5 - number,
-                words=words,
-                end_probability=0.9,
-                finished=True,
-                geometry=geometry,
-                alternatives=alternatives,
-            )
+            texts = [*CELLS][number - 1 :] + [*CELLS][: number - 1]  # each begins with another word
+            text = f"<i>Caption</i> {number}."
+            return self._caption(picture, pointing_words(texts), number=number, text=text, alternatives=alternatives)
 
         return caption(1, tuple(caption(number) for number in range(2, chosen.n_best + 1)))
+
+    def stream(self, picture, **options):
+        SearchOptions.from_dict(options)
+        for index, text in enumerate(FIRST_READING):
+            self.gate(picture)
+            yield pointing_word(text, (index, index))
+
+    def score(self, picture, sentence):
+        if "zebra" in sentence:
+            raise SearchError("sentence: this model does not know 'zebra'; choose another word")
+        words = tuple(pointing_word(text, (1, 5)) for text in sentence.split())
+        return self._caption(picture, words, number=6, text=sentence)

@@ -2,49 +2,41 @@
 
 import base64
 import io
-import json
 import socket
 import sys
 from pathlib import Path
 
 import gradio as gr
-import matplotlib
-import numpy as np
 import pytest
 from PIL import Image
-from pointing import CELLS, GRID_HW, PointingCaptioner
+from pointing import CELLS, PointingCaptioner
 
 import app
-from captioner.overlay import COLOUR_MAP
+from captioner import SearchOptions
+from captioner.page import read
+from captioner.page.examples import THUMBNAIL_SIDE_PX
 
 CAPTIONER = PointingCaptioner()
+VALUES = {**dict.fromkeys(name for row in app.OPTION_ROWS for name in row), **app.OPTION_VALUES}
 
 
-def photo(folder, size_wh_px, *, name="photo.jpg", orientation=1):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+def photo(folder, size_wh_px=(30, 20), *, name="photo.jpg"):
     path = folder / name
-    Image.radial_gradient("L").resize(size_wh_px).convert("RGB").save(path, "JPEG", exif=exif)
+    Image.radial_gradient("L").resize(size_wh_px).convert("RGB").save(path, "JPEG")
     return str(path)
 
 
-def describe(path, name="photo.jpg", beam_size=3, n_best=3):
-    return app.describe(CAPTIONER, path, name, beam_size=beam_size, n_best=n_best)
-
-
-def decoded(data_uri):
-    head, _, data = data_uri.partition(",")
-    assert head == "data:image/jpeg;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data)))
+def fields(**values):
+    return list({**VALUES, **values}.values())
 
 
 def functions(page):
-    return {block.fn.__name__: block.fn for block in page.fns.values()}
+    return {block.fn.__name__: block.fn for block in page.fns.values() if block.fn is not None}
 
 
-def strip_of(page):
-    drawn = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
-    return next(block for block in drawn if block.html_template == app.STRIP_HTML)
+def drawn(page, name):
+    blocks = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
+    return next(block for block in blocks if block.html_template == read(f"{name}.html"))
 
 
 @pytest.fixture
@@ -54,124 +46,120 @@ def page(tmp_path, monkeypatch):
     return app.build_app(CAPTIONER)
 
 
-def test_what_is_sent_is_plain_json(tmp_path):
-    value = describe(photo(tmp_path, (300, 200)))
-    assert json.loads(json.dumps(value)) == value
-
-
-def test_every_map_is_sent_with_its_peak_at_one_in_its_own_cell(tmp_path):
-    for word in describe(photo(tmp_path, (300, 200)))["words"]:
-        weights = np.array(word["map"])
-        assert weights.shape == GRID_HW
-        assert weights.min() >= 0
-        assert weights.max() == 1
-        assert np.unravel_index(weights.argmax(), GRID_HW) == CELLS[word["text"]]
-
-
-def test_captions_are_sent_best_first_with_their_scores(tmp_path):
-    captions = describe(photo(tmp_path, (30, 20)), beam_size=4, n_best=4)["captions"]
-    assert [caption["score"] for caption in captions] == [-1.5, -2.5, -3.5, -4.5]
-
-
-@pytest.mark.parametrize(("orientation", "upright_wh_px"), [(1, (3000, 1000)), (6, (1000, 3000))])
-def test_the_picture_is_sent_upright_small_and_with_its_own_size(tmp_path, orientation, upright_wh_px):
-    value = describe(photo(tmp_path, (3000, 1000), orientation=orientation))
-    assert (value["width"], value["height"]) == upright_wh_px
-    picture = decoded(value["picture"])
-    assert max(picture.size) == app.DISPLAY_SIDE_PX
-    assert picture.width / picture.height == pytest.approx(value["width"] / value["height"], rel=0.01)
-    assert len(picture.getexif()) == 0
-
-
-def test_a_small_picture_is_not_enlarged_on_the_way(tmp_path):
-    assert decoded(describe(photo(tmp_path, (31, 17)))["picture"]).size == (31, 17)
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\xff\xd8\xff\xe0 cut off", b"<svg></svg>"])
-def test_a_bad_file_gives_one_line_with_the_users_name_for_it_and_no_path(tmp_path, content):
-    path = tmp_path / "upload.bin"
-    path.write_bytes(content)
-    value = describe(str(path), name="holiday.jpg")
-    assert list(value) == ["error"]
-    assert value["error"].startswith("holiday.jpg: ")
-    assert "\n" not in value["error"]
-    assert str(tmp_path) not in value["error"]
-
-
-def test_a_photo_that_is_gone_gives_an_error_without_its_path(tmp_path):
-    value = describe(str(tmp_path / "gone.jpg"), name="holiday.jpg")
-    assert "no such file" in value["error"]
-    assert str(tmp_path) not in value["error"]
-
-
-def test_an_error_of_the_model_about_the_file_shows_no_path(tmp_path):
-    class Forgetful(PointingCaptioner):
-        def caption(self, picture, **options):
-            return super().caption(str(picture) + ".lost", **options)
-
-    value = app.describe(Forgetful(), photo(tmp_path, (30, 20)), "holiday.jpg", beam_size=3, n_best=1)
-    assert str(tmp_path) not in value["error"]
-
-
-@pytest.mark.parametrize(
-    ("beam_size", "n_best", "thing"),
-    [
-        (2, 3, "n_best"),
-        (0, 1, "beam_size"),
-        (10**9, 1, "beam_size"),
-        ("many", 1, "beam_size"),
-        (3, None, "n_best"),
-    ],
-)
-def test_impossible_options_are_refused_in_words(tmp_path, beam_size, n_best, thing):
-    value = describe(photo(tmp_path, (30, 20)), beam_size=beam_size, n_best=n_best)
-    assert list(value) == ["error"]
-    assert thing in value["error"]
-
-
 def test_an_upload_is_captioned_and_the_box_is_free_for_the_next(page, tmp_path):
-    path = photo(tmp_path, (30, 20))
-    upload = {"path": path, "orig_name": "mine.jpg"}
-    box, shown, stage = functions(page)["caption_upload"](upload, 3, 2)
+    path = photo(tmp_path)
+    answers = list(functions(page)["caption_upload"]({"path": path, "orig_name": "mine.jpg"}, *fields(n_best=2)))
+    box, (*shown, run), stage, _ = answers[0]
     assert box is None
-    assert shown == (path, "mine.jpg")
-    assert len(stage["captions"]) == 2
+    assert shown == [path, "mine.jpg"]
+    assert run == stage["run"]
+    assert len(answers[-1][2]["captions"]) == 2
+    # Later answers must not touch what a newer photo may have put there.
+    assert all(answer[:2] == (gr.skip(), gr.skip()) for answer in answers[1:])
+    assert str(tmp_path) not in str([answer[2:] for answer in answers])
 
 
 def test_clearing_the_box_changes_nothing(page):
-    answers = functions(page)["caption_upload"](None, 3, 2)
-    assert answers == tuple(gr.skip() for _ in answers)
+    (answers,) = functions(page)["caption_upload"](None, *fields())
+    assert answers == (gr.skip(),) * 4
 
 
 def test_captioning_again_uses_the_photo_on_the_stage(page, tmp_path):
     again = functions(page)["caption_shown"]
-    assert again((photo(tmp_path, (30, 20)), "mine.jpg"), 3, 1)["captions"][0]["score"] == -1.5
-    assert "photo" in again(None, 3, 1)["error"]
+    *_, (_, stage, _) = again((photo(tmp_path), "mine.jpg", 1), *fields())
+    assert stage["captions"][0]["score"] == -1.5
+    ((_, stage, _),) = again(None, *fields())
+    assert "photo" in stage["error"]
+
+
+def test_impossible_options_are_refused_at_once_and_what_is_shown_is_kept(page, tmp_path):
+    ((_, stage, _),) = functions(page)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields(n_best=9))
+    assert "n_best must not exceed beam_size" in stage["error"]
+    assert stage["keep"]
+
+
+def test_beside_an_error_nothing_stays_of_another_photo(page, tmp_path):
+    upload = {"path": photo(tmp_path), "orig_name": "mine.jpg"}
+    for answers in (
+        functions(page)["caption_upload"](upload, *fields(n_best=9)),
+        functions(page)["caption_example"](gr.EventData(None, {"index": 0}), *fields(n_best=9)),
+    ):
+        ((*_, stage, compared),) = answers
+        assert not stage["keep"]
+        assert compared["models"] is None
 
 
 def test_an_example_is_chosen_by_its_place_and_no_path_is_taken_from_outside(page):
     choose = functions(page)["caption_example"]
-    (_, name), stage = choose(3, 1, gr.EventData(None, {"index": 0}))
-    assert name == "a_red-dog.jpg"
-    assert len(stage["words"]) == len(CELLS)
+    answers = list(choose(gr.EventData(None, {"index": 0}), *fields()))
+    assert answers[0][0][1] == "a_red-dog.jpg"
+    assert len(answers[-1][1]["captions"][0]["words"]) == len(CELLS)
     for index in (1, "/etc/passwd", None):
         with pytest.raises((IndexError, TypeError)):
-            choose(3, 1, gr.EventData(None, {"index": index}))
+            list(choose(gr.EventData(None, {"index": index}), *fields()))
+
+
+def test_an_example_is_captioned_once_with_the_usual_options_and_every_time_with_others(tmp_path, monkeypatch):
+    class Counting(PointingCaptioner):
+        calls = 0
+
+        def caption(self, picture, **options):
+            self.calls += 1
+            return super().caption(picture, **options)
+
+    photo(tmp_path)
+    monkeypatch.setattr(app, "EXAMPLES", tmp_path)
+    model = Counting()
+    examples = app.find_examples(model)
+    examples.get_ready()
+    usual = app.search_options(app.OPTION_VALUES)
+    ready = [list(examples.tell(0, usual, run=run)) for run in (5, 6)]
+    assert [[message["run"] for message in messages] for messages in ready] == [[5], [6]]
+    assert model.calls == 1
+    for _ in range(2):
+        assert len(list(examples.tell(0, {"n_best": 1}, run=7))[-1]["captions"]) == 1
+    assert model.calls == 3
+
+
+def test_an_own_sentence_is_scored_for_the_photo_on_the_stage(page, tmp_path):
+    score = functions(page)["score_own"]
+    answer = score((photo(tmp_path), "mine.jpg", 11), gr.EventData(None, {"sentence": "a dog"}))
+    assert answer["run"] == 11
+    assert answer["scored"]["text"] == "a dog"
+    assert "photo" in score(None, gr.EventData(None, {"sentence": "a dog"}))["error"]
+
+
+def test_other_models_are_captioned_after_the_pages_own_and_hidden_when_there_are_none(page, tmp_path):
+    assert not drawn(page, "compare").visible
+    both = app.build_app(CAPTIONER, others={"other": CAPTIONER}, name="own")
+    assert drawn(both, "compare").visible
+    *_, (_, _, compared) = functions(both)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields())
+    assert [column["name"] for column in compared["models"]] == ["own", "other"]
+    *_, (_, stage, compared) = functions(page)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields())
+    assert stage["phase"] == "done"
+    assert compared == gr.skip()
 
 
 def test_examples_are_shown_small_and_under_a_readable_name(page):
-    strip = strip_of(page)
+    strip = drawn(page, "strip")
     (example,) = strip.value
     assert example["name"] == "a red dog"
-    assert max(decoded(example["picture"]).size) <= app.THUMBNAIL_SIDE_PX
+    small = Image.open(io.BytesIO(base64.b64decode(example["picture"].partition(",")[2])))
+    assert max(small.size) <= THUMBNAIL_SIDE_PX
     assert strip.visible
 
 
 def test_the_page_is_built_without_examples(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "EXAMPLES", tmp_path / "absent")
-    page = app.build_app(CAPTIONER)
-    strip = strip_of(page)
-    assert not strip.visible
+    assert not drawn(app.build_app(CAPTIONER), "strip").visible
+
+
+def test_every_search_option_has_a_field_with_help(page):
+    assert set(VALUES) == set(SearchOptions().to_dict())
+    labels = {name.replace("_", " ").capitalize() for name in VALUES}
+    shown = {block.label: block for block in page.blocks.values() if getattr(block, "label", None) in labels}
+    assert set(shown) == labels
+    assert all(block.info for block in shown.values())
 
 
 def test_no_function_of_the_page_is_part_of_a_public_interface_yet(page):
@@ -183,24 +171,27 @@ def test_the_page_takes_photos_from_this_machine_only(page):
     assert set(photo_box.sources) == {"upload", "webcam", "clipboard"}
 
 
-@pytest.mark.parametrize("name", [name for name in vars(app) if name.startswith(("STAGE_", "STRIP_"))])
-def test_templates_hold_nothing_that_gradio_would_evaluate(name):
-    text = getattr(app, name)
-    if not name.endswith("_JS"):
-        assert "{{" not in text
-        assert "${" not in text
-        assert "`" not in text
-
-
-def test_the_palette_is_the_librarys_colour_map():
-    palette = np.array(app._palette())
-    assert palette.shape == (256, 3)
-    wanted = matplotlib.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]
-    assert np.abs(palette - wanted.astype(int)).max() <= 1
-
-
 def test_gradio_reports_nothing_to_anyone(page):
     assert not page.analytics_enabled
+
+
+def test_models_are_compared_under_names_without_a_path(monkeypatch, tmp_path):
+    def keep(captioner, *, others, name, examples):
+        asked.append((captioner, others, name))
+        raise KeyboardInterrupt
+
+    asked = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folders = [str(tmp_path / each / "model") for each in ("a", "b")]
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", port, "--compare", folders[0], "--compare", folders[1]])
+    monkeypatch.setattr(app.Captioner, "load", lambda source: source)
+    monkeypatch.setattr(app, "build_app", keep)
+    with pytest.raises(SystemExit):
+        app.main()
+    others = {"model (2)": folders[0], "model (3)": folders[1]}
+    assert asked == [(None, others, "The bundled model (1)")]
 
 
 @pytest.mark.parametrize("fault", ["model", "port"])
@@ -246,9 +237,8 @@ def test_an_impossible_host_is_one_line(monkeypatch, capsys, host):
 
 
 def test_an_interrupt_closes_the_page_with_one_line_and_status_130(page, monkeypatch, capsys):
-    class Interrupted:
-        def wait(self):
-            raise KeyboardInterrupt
+    def interrupt():
+        raise KeyboardInterrupt
 
     closed = []
     with socket.socket() as free:
@@ -256,10 +246,10 @@ def test_an_interrupt_closes_the_page_with_one_line_and_status_130(page, monkeyp
         port = free.getsockname()[1]
     monkeypatch.setattr(sys, "argv", ["app.py", "--port", str(port)])
     monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
-    monkeypatch.setattr(app, "build_app", lambda captioner: page)
+    monkeypatch.setattr(app, "build_app", lambda captioner, **options: page)
     monkeypatch.setattr(app, "start", lambda page, host, port: "http://somewhere")
     monkeypatch.setattr(page, "close", lambda verbose: closed.append(page))
-    monkeypatch.setattr(app.threading, "Event", Interrupted)
+    monkeypatch.setattr(app, "_wait", interrupt)
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 130
