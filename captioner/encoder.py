@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner.errors import CheckpointError, ConfigError
 
@@ -213,6 +215,25 @@ class Encoder(nn.Module):
             yield
         finally:
             self.train(training)
+
+    def folded(self) -> Encoder:
+        """Return a copy for use alone, with every batch norm that follows a convolution folded into it.
+
+        Its features differ from this encoder's by rounding. In use a batch norm is a scale and a shift of what a
+        convolution gives, and so is the convolution itself (Jacob et al. 2018, sec. 3.2): one pass over the memory
+        instead of two.
+
+        Returns:
+            An encoder in evaluation mode without gradients; this one is not changed.
+        """
+        copied = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(copied.modules()):
+            # torchvision's networks run their layers in the order in which they are registered.
+            for (before, convolution), (after, norm) in itertools.pairwise(list(module.named_children())):
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, before, fuse_conv_bn_eval(convolution, norm))
+                    setattr(module, after, nn.Identity())
+        return copied
 
     def train(self, mode: bool = True) -> Encoder:
         """Set the training mode; frozen stages stay in evaluation, so that their statistics keep still."""

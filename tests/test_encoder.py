@@ -356,3 +356,37 @@ def test_what_is_trained_can_be_chosen_again():
 def test_more_stages_than_there_are_cannot_be_trained(last_stages):
     with pytest.raises(ConfigError, match=rf"has 13 stages; the last {last_stages} cannot be trained"):
         _encoder(TINY).set_trainable(last_stages)
+
+
+# ---------------------------------------------------------------- folded, for use alone
+
+
+def _with_random_statistics(encoder):
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.uniform_(0.7, 1.3)
+            module.bias.normal_(std=0.2)
+    return encoder
+
+
+@pytest.mark.parametrize("backbone", SMALLEST.values())
+def test_folding_batch_norms_changes_nothing_but_rounding(backbone):
+    encoder = _with_random_statistics(_encoder(backbone))
+    pixels, before = torch.randn(2, 3, 64, 64), copy.deepcopy(encoder.state_dict())
+    folded = encoder.folded()
+    expected, found = encoder(pixels), folded(pixels)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert not folded.training
+    assert folded.grid_hw == encoder.grid_hw
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+def test_no_batch_norm_is_left_where_each_follows_a_convolution(backbone):
+    encoder = _encoder(backbone)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.folded().modules())
