@@ -1,0 +1,460 @@
+"""What a batch run has done, on disk, so that no end of it loses or doubles a record.
+
+    captions.jsonl              the records, one line a picture, appended batch by batch
+    captions.progress           the journal: a header, then one line for every batch whose records are safely on disk
+    captions.progress.lock      held while a run writes
+
+A batch is written in this order: records, fsync, its line of the journal, fsync. Whatever moment a process ends at,
+records without a line, and half a line, are what the next run cuts off: it goes on at the border of a batch, so that
+the model sees the batches of an unbroken run and gives the same numbers to the last bit.
+
+A record that is replaced (its picture has changed, or failed and is tried again) stays until the new one is on disk;
+both are there until the run ends or the next one begins, when the new one takes the place of the old (`compact`).
+Two files cannot be replaced at once, so a replacement is first written down as a whole:
+
+    captions.progress.records   new records   ─┐ both complete, then the second rename decides: whoever finds a
+    captions.progress.new       new journal   ─┘ captions.progress.new moves both into place (`_roll_forward`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from captioner.errors import CaptionerError, ConfigError
+
+FORMAT, VERSION = "captioner batch", 1
+COPIED = 1000
+"""Pictures in a line of the journal that is written anew."""
+
+_REMEDY = "--overwrite starts anew; or name another output"
+
+
+class Entry(NamedTuple):
+    """What the journal keeps of a picture.
+
+    Args:
+        name: hash of the picture's name, 16 bytes.
+        state: hash of its size and time of change, 8 bytes.
+        place: its place in the whole source, from 0.
+        kind: of the error; empty when it was captioned.
+        length: of its record, bytes.
+    """
+
+    name: bytes
+    state: bytes
+    place: int
+    kind: str
+    length: int
+
+    def to_json(self) -> list[Any]:
+        """Return plain values; `from_json` is the inverse."""
+        return [self.name.hex(), self.state.hex(), self.place, self.kind, self.length]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Entry:
+        """Return the entry that `to_json` wrote."""
+        name, state, place, kind, length = values
+        return cls(bytes.fromhex(name), bytes.fromhex(state), int(place), str(kind), int(length))
+
+
+def name_hash(name: str) -> bytes:
+    """Return the hash by which a picture is known, the same on every machine."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def state_hash(size_bytes: int | None, mtime_ns: int | None) -> bytes:
+    """Return a hash that differs when a picture has changed."""
+    return hashlib.blake2b(f"{size_bytes} {mtime_ns}".encode(), digest_size=8).digest()
+
+
+class Journal:
+    """The record file and the journal of one output; use it as a context manager, which holds the lock.
+
+    Args:
+        progress: path of the journal.
+        records: path of the record file.
+        earlier: where an earlier run may have put the records; they are renamed to `records`.
+
+    Raises:
+        CaptionerError: when another run writes to this output, or the disk fails.
+    """
+
+    def __init__(self, progress: Path, records: Path, *, earlier: Path | None = None) -> None:
+        self.progress, self.records, self._earlier = progress, records, earlier
+        self.header: dict[str, Any] = {}
+        self.finished: dict[str, Any] | None = None
+        self._known: dict[bytes, bytes] = {}
+        self._superseded = False
+        self._end = self._journal_end = 0
+        self._files: tuple[io.FileIO, io.FileIO] | None = None
+        self._lock = FileLock(progress.with_name(f"{progress.name}.lock"), timeout=0)
+
+    def __enter__(self) -> Journal:
+        with self._disk(self.progress):
+            self.progress.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout as err:
+                raise CaptionerError(
+                    f"{self.records}: another run is writing to it; wait for its end, or name another output"
+                ) from err
+            try:
+                self._roll_forward()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._close()
+        finally:
+            self._lock.release()
+
+    @property
+    def exists(self) -> bool:
+        """Whether an earlier run has begun this output."""
+        return self.progress.exists()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def known(self, name: bytes) -> tuple[bytes, str] | None:
+        """Return what is on record of a picture.
+
+        Args:
+            name: its `name_hash`.
+
+        Returns:
+            Its `state_hash` then, and the kind of its error, empty when it was captioned; None when it is new.
+        """
+        found = self._known.get(name)
+        return None if found is None else (found[:8], found[8:].decode())
+
+    def begin(self, header: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Go on with an output, or begin it; from here on `append` can be called.
+
+        Args:
+            header: whatever makes records differ, as plain values; it must be what the earlier run had.
+            overwrite: begin anew; the old files are replaced by empty ones at once.
+
+        Raises:
+            ConfigError: when the earlier run had another header, or the files have been changed since.
+            CaptionerError: when the disk fails.
+        """
+        wanted: dict[str, Any] = json.loads(json.dumps({**header, "overwriting": overwrite}))  # as it is read again
+        with self._disk(self.progress):
+            if overwrite or not self.exists:
+                self._replace(wanted, ())
+                self.header = wanted
+            else:
+                self.records.touch()  # whoever has deleted the records wants them made again
+                self.read()
+                _compare(self.header, {**wanted, "overwriting": self.header.get("overwriting")}, self.records)
+            self._open()
+            self.compact()
+
+    def read(self) -> None:
+        """Read the journal and check the records against it; nothing is written.
+
+        Raises:
+            ConfigError: when one of the two is damaged or has been changed by something else.
+        """
+        self._known, self.finished, self._superseded = {}, None, False
+        self._end = self._journal_end = 0
+        lines = self._lines()
+        first = next(lines, None)
+        if (
+            first is None
+            or not isinstance(first[0], dict)
+            or first[0].get("format") != FORMAT
+            or first[0].get("version") != VERSION
+        ):
+            raise ConfigError(f"{self.progress}: not a journal of this version of captioner; {_REMEDY}")
+        self._journal_end = first[1]
+        self.header = {name: value for name, value in first[0].items() if name not in ("format", "version")}
+        with self.records.open("rb") as records:
+            for line, end in lines:
+                if not self._accept(line, records):
+                    break
+                self._journal_end = end
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield the whole lines of the journal and where each ends."""
+        end = 0
+        with self.progress.open("rb") as file:
+            for line in file:
+                end += len(line)
+                if not line.endswith(b"\n"):
+                    return  # the process ended while it was written
+                try:
+                    content = json.loads(line)
+                except ValueError as err:
+                    raise ConfigError(f"{self.progress}: damaged; {_REMEDY}") from err
+                yield content, end
+
+    def _accept(self, line: dict[str, Any], records: IO[bytes]) -> bool:
+        """Take a line of the journal in; return False for a batch whose records are not all there."""
+        if "finished" in line:
+            self.finished = line["finished"]
+            return True
+        entries = [Entry.from_json(values) for values in line["pictures"]]
+        size_bytes = sum(entry.length for entry in entries)
+        data = records.read(size_bytes)
+        if len(data) < size_bytes:
+            return False
+        if zlib.crc32(data) != line["crc32"]:
+            raise ConfigError(f"{self.records}: has been changed by something else since it was written; {_REMEDY}")
+        self._end += size_bytes
+        self._take(entries)
+        return True
+
+    def _take(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._superseded |= entry.name in self._known
+            self._known[entry.name] = entry.state + entry.kind.encode()
+            self.finished = None
+
+    def append(self, results: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
+        """Put the records of a batch on disk: all of them, or after a fault none.
+
+        Args:
+            results: entries (their length is set here) and records, at least one.
+
+        Raises:
+            CaptionerError: when the disk is full or fails; what was written before is intact.
+        """
+        lines = [encode(record) for _, record in results]
+        entries = [entry._replace(length=len(line)) for (entry, _), line in zip(results, lines, strict=True)]
+        self._write(b"".join(lines), _journal_line(entries, b"".join(lines)))
+        self._take(entries)
+
+    def finish(self, source: Mapping[str, Any]) -> None:
+        """Note that a run has seen its whole source.
+
+        Args:
+            source: what it saw, as plain values; the same as before is not noted again.
+
+        Raises:
+            CaptionerError: when the disk is full or fails.
+        """
+        if self.finished != source:
+            self._write(b"", encode({"finished": source}))
+            self.finished = dict(source)
+
+    def _write(self, records: bytes, line: bytes) -> None:
+        assert self._files is not None, "begin() comes first"
+        try:
+            for file, data in zip(self._files, (records, line), strict=True):
+                with self._disk(Path(file.name)):
+                    _write_all(file, data)
+        except BaseException:
+            with contextlib.suppress(OSError):  # else the next run does it
+                self._cut()
+            raise
+        self._end += len(records)
+        self._journal_end += len(line)
+
+    def _cut(self) -> None:
+        """Take back what was written of a batch that did not come to its end."""
+        assert self._files is not None
+        for file, end in zip(self._files, (self._end, self._journal_end), strict=True):
+            file.truncate(end)
+            file.seek(end)
+
+    def compact(self) -> None:
+        """Let new records take the place of the old ones of the same pictures.
+
+        Raises:
+            CaptionerError: when the disk is full or fails; nothing is lost then.
+        """
+        if not self._superseded:
+            return
+        finished = self.finished
+        last: dict[bytes, tuple[Entry, int]] = {}  # in the order in which names came first
+        for entry, begin in self.entries():
+            last[entry.name] = (entry, begin)
+        self.fill(self.header, [(entry, begin, self.records) for entry, begin in last.values()])
+        if finished is not None:
+            self.finish(finished)
+
+    def entries(self) -> Iterator[tuple[Entry, int]]:
+        """Yield every entry, and where its record begins; those of superseded records too."""
+        begin = 0
+        for line, end in self._lines():
+            if end > self._journal_end:
+                return
+            for values in line.get("pictures", ()):
+                entry = Entry.from_json(values)
+                yield entry, begin
+                begin += entry.length
+
+    def iterate_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records, one after another from the disk."""
+        with self._disk(self.records), self.records.open("rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def fill(self, header: Mapping[str, Any], parts: Sequence[tuple[Entry, int, Path]]) -> None:
+        """Begin this output anew with records of others.
+
+        Args:
+            header: as in `begin`.
+            parts: entry, where its record begins, and in which file, in the order wanted.
+
+        Raises:
+            CaptionerError: when the disk is full or fails; what was here before is there still.
+        """
+        with self._disk(self.progress):
+            self._replace(header, _copied(parts))
+            self.read()
+            self._open()
+
+    def _replace(self, header: Mapping[str, Any], batches: Iterable[tuple[list[Entry], bytes]]) -> None:
+        """Replace both files: all of it, or nothing, whatever happens."""
+        self._close()
+        new_records, new, partial = (self._aside(name) for name in ("records", "new", "partial"))
+        try:
+            with new_records.open("wb", buffering=0) as records, partial.open("wb", buffering=0) as journal:
+                _write_all(journal, encode({"format": FORMAT, "version": VERSION, **header}), sync=False)
+                for entries, data in batches:
+                    _write_all(records, data, sync=False)
+                    _write_all(journal, _journal_line(entries, data), sync=False)
+                os.fsync(records.fileno())
+                os.fsync(journal.fileno())
+            partial.replace(new)  # from here on it is decided
+        except BaseException:
+            if not new.exists():  # an interrupt may come when it is decided already
+                partial.unlink(missing_ok=True)
+                new_records.unlink(missing_ok=True)
+            raise
+        _sync_folder(self.progress.parent)
+        self._roll_forward()
+        self._known, self.finished, self._superseded = {}, None, False
+        self._end, self._journal_end = self.records.stat().st_size, self.progress.stat().st_size
+
+    def _roll_forward(self) -> None:
+        """End a replacement that was decided, clear away one that was not, and give the records their name."""
+        new_records, new = self._aside("records"), self._aside("new")
+        if self.exists and self._earlier is not None and self._earlier.exists() and not self.records.exists():
+            self._earlier.replace(self.records)
+        if new.exists():
+            if new_records.exists():
+                new_records.replace(self.records)
+            new.replace(self.progress)
+        for path in (new_records, self._aside("partial")):
+            path.unlink(missing_ok=True)
+        _sync_folder(self.progress.parent)
+
+    def _aside(self, what: str) -> Path:
+        return self.progress.with_name(f"{self.progress.name}.{what}")
+
+    def _open(self) -> None:
+        self._close()
+        self._files = (self.records.open("r+b", buffering=0), self.progress.open("r+b", buffering=0))
+        self._cut()
+
+    def _close(self) -> None:
+        if self._files is not None:
+            for file in self._files:
+                file.close()
+        self._files = None
+
+    @contextlib.contextmanager
+    def _disk(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise disk_fault(Path(err.filename or path), err) from err
+
+
+def disk_fault(path: Path, err: OSError) -> CaptionerError:
+    """Return what to say when the disk fails a run.
+
+    Args:
+        path: what could not be read or written.
+        err: what the system said.
+
+    Returns:
+        The error to raise.
+    """
+    return CaptionerError(
+        f"{path}: cannot be written: {err.strerror or err}; what was written before is intact: make room or mend it, "
+        "and the same command goes on from there"
+    )
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """Return a line of JSON, in ASCII: valid whatever a file's name is."""
+    return json.dumps(record).encode("ascii") + b"\n"
+
+
+def _journal_line(entries: Iterable[Entry], data: bytes) -> bytes:
+    return encode({"pictures": [entry.to_json() for entry in entries], "crc32": zlib.crc32(data)})
+
+
+def _copied(parts: Iterable[tuple[Entry, int, Path]]) -> Iterator[tuple[list[Entry], bytes]]:
+    """Yield batches of entries and their records, read from where they are."""
+    batch: list[Entry] = []
+    data = bytearray()
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, IO[bytes]] = {}
+        for entry, begin, path in parts:
+            if path not in files:
+                files[path] = stack.enter_context(path.open("rb"))
+            files[path].seek(begin)
+            data += files[path].read(entry.length)
+            batch.append(entry)
+            if len(batch) == COPIED:
+                yield batch, bytes(data)
+                batch, data = [], bytearray()
+    if batch:
+        yield batch, bytes(data)
+
+
+def _write_all(file: io.FileIO, data: bytes, *, sync: bool = True) -> None:
+    rest = memoryview(data)
+    while rest:  # a write may take less than it is given
+        rest = rest[file.write(rest) :]
+    if sync and data:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames last through a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
+    """Refuse to mix records of two settings in one output."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    names = [*flat_now, *(name for name in flat_before if name not in flat_now)]
+    changed = [
+        f"{name} was {json.dumps(flat_before.get(name))}, now {json.dumps(flat_now.get(name))}"
+        for name in names
+        if flat_before.get(name) != flat_now.get(name)
+    ]
+    if changed:
+        raise ConfigError(f"{output}: was begun otherwise: {'; '.join(changed)}; keep to that, or {_REMEDY}")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return flat
