@@ -20,6 +20,10 @@ from captioner.errors import (
     ImageTooLargeError,
     MetricError,
     SearchError,
+    ServiceBusyError,
+    ServiceClosedError,
+    ServiceError,
+    ServiceTimeoutError,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +45,10 @@ __all__ = [
     "MetricError",
     "SearchError",
     "SearchOptions",
+    "ServiceBusyError",
+    "ServiceClosedError",
+    "ServiceError",
+    "ServiceTimeoutError",
     "Word",
     "__version__",
 ]

@@ -7,8 +7,12 @@
     ├── ConfigError           a setting out of its range, or two settings that exclude each other
     ├── CheckpointError       a model folder that is missing, foreign, damaged or of another shape
     ├── SearchError           a search that cannot give what was asked of it
-    ├── DataError             training data that cannot be used
-    └── MetricError           predictions and references that cannot be compared
+    ├── DataError             data that cannot be used, or that would be written over
+    ├── MetricError           predictions and references that cannot be compared
+    └── ServiceError          a service that could not answer a request
+        ├── ServiceBusyError      its queue is full; try again
+        ├── ServiceTimeoutError   the request took longer than its time limit
+        └── ServiceClosedError    the service is closing or closed
 
 Every error of the library is one of these: `except CaptionerError` catches all of them.
 """
@@ -52,8 +56,33 @@ class SearchError(CaptionerError):
 
 
 class DataError(CaptionerError):
-    """Training data is missing, damaged, or not of the stated format."""
+    """Data is missing, damaged or not of the stated format, or a file would be written over."""
 
 
 class MetricError(CaptionerError):
     """Predictions and references cannot be compared."""
+
+
+class ServiceError(CaptionerError):
+    """The service could not answer a request, though the request may be sound."""
+
+
+class ServiceBusyError(ServiceError):
+    """The queue of the service is full.
+
+    Args:
+        message: names thing, fault and remedy.
+        retry_after_s: when to try again, whole seconds, at least 1.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServiceTimeoutError(ServiceError):
+    """The request was not answered within the service's time limit."""
+
+
+class ServiceClosedError(ServiceError):
+    """The service is closing or closed and takes no more requests."""

@@ -1,0 +1,408 @@
+"""What stands before the page's app: health, metrics, admission, limits of size, and refusal of what it does not serve.
+
+    request ──▶ /healthz, /readyz, /metrics ──▶ answered here
+            ──▶ a route that is not served ──▶ 404
+            ──▶ queue full or closing ──▶ 503 with Retry-After
+            ──▶ body over its limit ──▶ 413; naming a file that was not uploaded ──▶ 400
+            ──▶ app
+
+Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that streams pass through as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from captioner import payloads
+from captioner.errors import ServiceBusyError, ServiceError
+from captioner.service import Service
+from captioner.telemetry import CONTENT_TYPE, OTHER, Telemetry
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+API = "/gradio_api"
+JSON_LIMIT = 2 * 2**20
+MULTIPART_BYTES = 64 * 2**10
+"""Room for the heads between the files of an upload."""
+BUFFER_LIMIT = 64 * 2**20
+"""Bytes of all JSON bodies that are being read at a time."""
+BODY_TIMEOUT_S = 30.0
+RETRY_S = 5
+
+# Routes that ask for work: the first part after the prefix. Their bodies are read before the app sees them.
+_WORK = {"call", "run", "api", "queue/join", "mcp"}
+# Other routes to which something may be sent.
+_SENT = {"upload", "cancel", "reset", "login"}
+# Routes of Gradio that would fetch from elsewhere, run tools, or change the page.
+_CLOSED_READS = {"proxy", "stream", "custom_component", "deep_link", "vibe-code", "profiling", "runs", "run-history"}
+
+
+class _Stopped(Exception):  # noqa: N818  # no fault: it only leaves the app
+    """The body is not read any further."""
+
+
+class _Refusal(Exception):  # noqa: N818  # an answer, not a fault
+    """A request is answered here.
+
+    Args:
+        status: of the answer.
+        kind: of the error.
+        message: one line for the client.
+        retry_after_s: when to try again.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.retry_after_s = status, kind, message, retry_after_s
+
+
+class ServiceMiddleware:
+    """Stands before Gradio's app; see the head of this file.
+
+    Args:
+        app: what is behind.
+        service: says when it is full, closing or broken, and counts.
+        uploads: the folder of uploaded files, `GRADIO_TEMP_DIR`.
+        endpoints: names of the page's API endpoints, as the metrics may show them; others are counted as "other".
+        max_body_bytes: the most bytes of an upload with all its files; default: one file of the service's limit.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        service: Service,
+        uploads: str | Path,
+        endpoints: Iterable[str] = (),
+        max_body_bytes: int | None = None,
+    ) -> None:
+        self.app = app
+        self.service = service
+        self.uploads = Path(uploads)
+        self.endpoints = frozenset(name.strip("/") for name in endpoints)
+        self.max_body_bytes = max_body_bytes or service.limits.max_upload_bytes + MULTIPART_BYTES
+        # A picture may stand in a call of a tool as text, four characters for three bytes.
+        self.max_tool_bytes = service.limits.max_upload_bytes * 4 // 3 + JSON_LIMIT
+        self._buffered_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or hand it on; see the ASGI specification."""
+        if scope["type"] == "websocket":  # Gradio has none
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, label=self._label(scope))
+        # A heartbeat is as long as a page is looked at.
+        counted = 0 if exchange.label == "heartbeat" else 1
+        self.service.telemetry.http_open.add(counted)
+        try:
+            await self._answer(exchange)
+        except _Refusal as refusal:
+            await exchange.refuse(refusal)
+        finally:
+            self.service.telemetry.http_open.add(-counted)
+            self._note(exchange)
+
+    # --- The way of a request ---
+
+    async def _answer(self, exchange: _Exchange) -> None:
+        path, method = exchange.path, exchange.method
+        if path in ("/healthz", "/readyz", "/metrics"):
+            await self._say_health(exchange)
+            return
+        route = _route(path)
+        self._require_served(route, path, method)
+        if method in ("GET", "HEAD", "OPTIONS"):
+            await self.app(exchange.scope, exchange.receive, exchange.send)
+            return
+        if route in _WORK or route == "upload":
+            self._require_admission()
+        if route in _WORK:
+            await self._hand_on_checked(exchange, self.max_tool_bytes if route == "mcp" else JSON_LIMIT)
+        else:
+            await self._hand_on_limited(exchange, self.max_body_bytes if route == "upload" else JSON_LIMIT)
+
+    async def _say_health(self, exchange: _Exchange) -> None:
+        if exchange.method not in ("GET", "HEAD"):
+            raise _Refusal(405, "MethodNotAllowed", "only GET")
+        if exchange.path == "/metrics":
+            await exchange.respond(200, self.service.telemetry.prometheus().encode(), CONTENT_TYPE)
+        elif exchange.path == "/healthz":
+            await exchange.respond_json(200, {"status": "alive"})
+        elif self.service.ready:
+            await exchange.respond_json(200, {"status": "ready"})
+        else:
+            raise _Refusal(503, "NotReady", "closing, or the model does not answer", RETRY_S)
+
+    def _require_served(self, route: str | None, path: str, method: str) -> None:
+        if method in ("GET", "HEAD"):
+            # The file route fetches what is an address.
+            file = path.partition(f"{API}/file")[2].lstrip("=/")
+            elsewhere = route == "file" and not payloads.is_upload(f"/{file.lstrip('/')}", self.uploads)
+            if route in _CLOSED_READS or elsewhere:
+                raise _Refusal(404, "NotFound", "nothing is served here")
+        elif method != "OPTIONS" and (method not in ("POST", "DELETE") or route not in _WORK | _SENT):
+            raise _Refusal(404, "NotFound", "nothing is served here")
+
+    def _require_admission(self) -> None:
+        error: ServiceError | None = self.service.refusal()
+        if error is not None:
+            seconds = error.retry_after_s if isinstance(error, ServiceBusyError) else RETRY_S
+            raise _Refusal(503, type(error).__name__, str(error), seconds)
+
+    async def _hand_on_limited(self, exchange: _Exchange, limit: int) -> None:
+        """Hand the body on as it comes, and end the request where it grows over its limit."""
+        _require_length(exchange, limit)
+        left, more = limit, True
+        refusal: _Refusal | None = None
+
+        async def receive() -> Message:
+            nonlocal left, more, refusal
+            if not more:  # what comes now is the client's leaving, whenever that is
+                return await exchange.receive()
+            try:
+                message = await exchange.next_part()
+                left -= len(message.get("body", b""))
+                more = message["type"] == "http.request" and bool(message.get("more_body", False))
+                if left < 0:
+                    raise _too_large(limit)
+            except _Refusal as err:
+                refusal = err
+                raise _Stopped from err
+            return message
+
+        async def send(message: Message) -> None:
+            if refusal is None:  # what the app says of a body that was cut off is of no interest
+                await exchange.send(message)
+
+        try:
+            await self.app(exchange.scope, receive, send)
+        except Exception:
+            if refusal is None:
+                raise
+        if refusal is not None:
+            raise refusal
+
+    async def _hand_on_checked(self, exchange: _Exchange, limit: int) -> None:
+        """Read the whole body, check it, and hand it on."""
+        _require_length(exchange, limit)
+        body = bytearray()
+        try:
+            more = exchange.method == "POST"
+            while more:
+                message = await exchange.next_part()
+                if message["type"] == "http.disconnect":
+                    return
+                part = message.get("body", b"")
+                body += part
+                self._buffered_bytes += len(part)
+                if len(body) > limit:
+                    raise _too_large(limit)
+                if self._buffered_bytes > BUFFER_LIMIT:
+                    raise _Refusal(503, "ServiceBusyError", "too many large requests at once; try again", RETRY_S)
+                more = message.get("more_body", False)
+            self._check(exchange, bytes(body))
+            whole = bytes(body)
+        finally:
+            self._buffered_bytes -= len(body)
+        handed = False
+
+        async def receive() -> Message:
+            nonlocal handed, whole
+            if handed:
+                return await exchange.receive()
+            handed, part, whole = True, whole, b""
+            return {"type": "http.request", "body": part, "more_body": False}
+
+        await self.app(exchange.scope, receive, exchange.send)
+
+    def _check(self, exchange: _Exchange, body: bytes) -> None:
+        if exchange.method != "POST":
+            return
+        if exchange.header("content-type").split(";")[0].strip().lower() == "multipart/form-data":
+            raise _Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
+        try:
+            value = payloads.parse(body)
+            tools = _route(exchange.path) == "mcp"
+            payloads.check(
+                _arguments(value) if tools else value, uploads=self.uploads, hosts=exchange.hosts(), strings=tools
+            )
+        except payloads.RefusedPayloadError as err:
+            raise _Refusal(400, "RefusedPayload", str(err)) from err
+
+    # --- What is noted ---
+
+    def _label(self, scope: Scope) -> str:
+        """Return the name of a request's endpoint, of which there are few."""
+        path = _path(scope)
+        if path in ("/", "/healthz", "/readyz", "/metrics"):
+            return path
+        route = _route(path)
+        if route is None:
+            return "page"
+        if route in ("call", "run", "api"):
+            parts = path.removeprefix(f"{API}/{route}/").removeprefix("v2/").split("/")
+            name = parts[0] if parts[0] in self.endpoints else OTHER
+            answer = "/answer" if len(parts) > 1 and parts[1] else ""
+            return f"{route}/{name}{answer}"
+        return route if route in _WORK | _SENT | {"queue/data", "file", "heartbeat"} else OTHER
+
+    def _note(self, exchange: _Exchange) -> None:
+        telemetry = self.service.telemetry
+        status = exchange.status or 499  # the client left before there was an answer
+        telemetry.http_requests.add(endpoint=exchange.label, status=status)
+        telemetry.http_seconds.observe(exchange.seconds(), endpoint=exchange.label)
+        if exchange.error is not None:
+            telemetry.errors.add(kind=exchange.error)
+        telemetry.write(
+            "http",
+            endpoint=exchange.label,
+            method=exchange.method if exchange.method in ("GET", "HEAD", "POST", "OPTIONS", "DELETE") else OTHER,
+            status=status,
+            milliseconds=round(1000 * exchange.seconds(), 1),
+            error=exchange.error,
+        )
+
+
+def wait_for_answers(telemetry: Telemetry, *, timeout_s: float = 5.0, quiet_s: float = 0.5) -> bool:
+    """Wait until those who have been let in have their answers: after `Service.drain`, before anything is closed.
+
+    Gradio drops the answers of its queue when it is closed; and a client asks for an answer some time after the call.
+
+    Args:
+        telemetry: of the service.
+        timeout_s: how long to wait at most.
+        quiet_s: for how long no request must be open.
+
+    Returns:
+        Whether it became quiet.
+    """
+    end_s = time.monotonic() + timeout_s
+    quiet_since_s = time.monotonic()
+    while (now_s := time.monotonic()) < end_s:
+        if telemetry.http_open.value() > 0:
+            quiet_since_s = now_s
+        elif now_s - quiet_since_s >= quiet_s:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+class _Exchange:
+    """A request and its answer.
+
+    Args:
+        scope: of ASGI.
+        receive: of ASGI.
+        send: of ASGI.
+        label: the endpoint's name in metrics.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, label: str) -> None:
+        self.scope, self.receive, self._send, self.label = scope, receive, send, label
+        self.method, self.path = str(scope["method"]).upper(), _path(scope)
+        self.status: int | None = None
+        self.error: str | None = None
+        self._began_s = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long the request has taken."""
+        return time.monotonic() - self._began_s
+
+    def header(self, name: str) -> str:
+        """Return a header of the request, or nothing."""
+        wanted = name.encode()
+        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key.lower() == wanted), "")
+
+    def hosts(self) -> Collection[str]:
+        """Return the names under which the client knows this server."""
+        forwarded = [name.strip() for name in self.header("x-forwarded-host").split(",")]
+        origin = self.header("origin").partition("://")[2]
+        return {name for name in (self.header("host"), origin, *forwarded) if name}
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+        await self._send(message)
+
+    async def next_part(self) -> Message:
+        """Wait for the next part of the body, not for ever."""
+        try:
+            return await asyncio.wait_for(self.receive(), BODY_TIMEOUT_S)
+        except TimeoutError as err:
+            raise _Refusal(408, "RequestTimeout", "the body did not come in time") from err
+
+    async def respond(self, status: int, body: bytes, content_type: str, *more: tuple[bytes, bytes]) -> None:
+        """Send a whole answer."""
+        headers = [
+            (b"content-type", content_type.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+            *more,
+        ]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
+
+    async def respond_json(self, status: int, value: object, *more: tuple[bytes, bytes]) -> None:
+        """Send a value as the whole answer."""
+        await self.respond(status, json.dumps(value).encode(), "application/json", *more)
+
+    async def refuse(self, refusal: _Refusal) -> None:
+        """Say why the request is refused, if nothing has been said yet."""
+        self.error = refusal.kind
+        if self.status is not None:
+            return
+        more: list[tuple[bytes, bytes]] = []
+        if refusal.retry_after_s is not None:
+            more.append((b"retry-after", str(refusal.retry_after_s).encode()))
+        if refusal.status in (408, 413):
+            more.append((b"connection", b"close"))  # the rest of the body is not read
+        error = {"type": refusal.kind, "message": refusal.message}
+        await self.respond_json(refusal.status, {"error": error}, *more)
+
+
+def _path(scope: Scope) -> str:
+    """Return the path below the app's root."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _route(path: str) -> str | None:
+    """Return the first part of a path of the API, "login" as such; None for a path of the page."""
+    if path.rstrip("/") == "/login":
+        return "login"
+    if not path.startswith(f"{API}/"):
+        return None
+    parts = path.removeprefix(f"{API}/").split("/")
+    head = parts[0].partition("=")[0]
+    return f"queue/{parts[1]}" if head == "queue" and len(parts) > 1 else head
+
+
+def _arguments(value: Any) -> Any:
+    """Return what a call of a tool hands over; the rest of such a message names no file."""
+    calls = value if isinstance(value, list) else [value]
+    return [call.get("params") for call in calls if isinstance(call, dict) and call.get("method") == "tools/call"]
+
+
+def _too_large(limit: int) -> _Refusal:
+    return _Refusal(413, "TooLarge", f"the body is over the limit of {limit} bytes; send a smaller picture")
+
+
+def _require_length(exchange: _Exchange, limit: int) -> None:
+    length = exchange.header("content-length")
+    if length and (not length.isascii() or not length.isdecimal()):
+        raise _Refusal(400, "BadRequest", "Content-Length must be a number")
+    if length and (len(length) > 15 or int(length) > limit):
+        raise _too_large(limit)

@@ -1,0 +1,181 @@
+"""What a service keeps of one request: its place at the decoder, its words on their way, what telemetry is told."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+from captioner.batching import Item
+from captioner.caption import Caption, Word
+from captioner.errors import CaptionerError
+from captioner.prepared import PreparedPicture
+from captioner.telemetry import Telemetry
+
+
+class WordStream:
+    """Words on their way from the model thread to the one who reads them; the model never waits for the reader.
+
+    Args:
+        start: starts the search, in the model thread.
+    """
+
+    def __init__(self, start: Callable[[PreparedPicture], Iterator[Word]]) -> None:
+        self._start = start
+        self._queue: queue.SimpleQueue[Word | None] = queue.SimpleQueue()  # None: started, then ended
+        self._stopped = False
+
+    def run(self, picture: PreparedPicture) -> None:
+        """Search, in the model thread."""
+        words = self._start(picture)
+        self._queue.put(None)
+        for word in words:
+            if self._stopped:  # nobody reads any more, or time is up
+                return
+            self._queue.put(word)
+
+    def follow(self, future: Future[Any]) -> Iterator[Word]:
+        """Wait for the start, then hand the words out."""
+        future.add_done_callback(self._end)
+        self._queue.get()
+        if future.done():
+            future.result()  # raises what went wrong
+        return self._read(future)
+
+    def _end(self, future: Future[Any]) -> None:
+        del future
+        self._stopped = True
+        self._queue.put(None)
+
+    def _read(self, future: Future[Any]) -> Iterator[Word]:
+        try:
+            while (word := self._queue.get()) is not None:
+                yield word
+            future.result()  # raises what went wrong on the way
+        finally:
+            self._stopped = True
+            future.cancel()
+
+
+class Turnstile:
+    """Lets some threads in at a time, first come, first served: a semaphore would let the same one in again.
+
+    Args:
+        places: how many threads may be in.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._lock = threading.Lock()
+        self._free = places
+        self._line: deque[threading.Event] = deque()
+
+    def enter(self, deadline_s: float) -> bool:
+        """Wait for a place; False when there was none until then, on the clock of `time.monotonic`."""
+        with self._lock:
+            if self._free and not self._line:
+                self._free -= 1
+                return True
+            mine = threading.Event()
+            self._line.append(mine)
+        came = False
+        try:
+            came = mine.wait(max(0.0, deadline_s - time.monotonic()))
+        finally:
+            if not came:
+                with self._lock:
+                    if mine.is_set():  # in this very moment
+                        came = True
+                    else:
+                        self._line.remove(mine)
+        return came
+
+    def leave(self) -> None:
+        """Hand the place to the next in line."""
+        with self._lock:
+            if self._line:
+                self._line.popleft().set()
+            else:
+                self._free += 1
+
+
+class RequestRecord:
+    """What telemetry is told of one request, when its last picture is answered.
+
+    Args:
+        telemetry: that is told.
+        operation: what was asked for.
+        pictures: how many were given.
+    """
+
+    def __init__(self, telemetry: Telemetry, operation: str, *, pictures: int) -> None:
+        self._telemetry, self._operation, self._pictures = telemetry, operation, pictures
+        self._began_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._open = 1  # this block, and every item
+        self._items: list[Item] = []
+        self._errors: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.failed(error)
+        self._close_one(refused=error is not None)
+
+    def failed(self, error: BaseException) -> None:
+        """Count an error of the request, or of one of its pictures."""
+        kind = type(error).__name__ if isinstance(error, CaptionerError) else "Other"
+        self._errors.append(kind)
+        self._telemetry.errors.add(kind=kind)
+
+    def watch(self, item: Item) -> None:
+        """Wait for an item's answer before the request is counted."""
+        with self._lock:
+            self._open += 1
+            self._items.append(item)
+        item.future.add_done_callback(self._answered)
+
+    def _answered(self, future: Future[Any]) -> None:
+        if future.cancelled():
+            self._errors.append("Cancelled")
+        elif (error := future.exception()) is not None:
+            self.failed(error)
+        self._close_one(refused=False)
+
+    def _close_one(self, *, refused: bool) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open:
+                return
+        errors = self._errors
+        whole = refused or len(errors) >= self._pictures > 0
+        seconds = time.monotonic() - self._began_s
+        self._telemetry.requests.add(operation=self._operation, outcome=errors[-1] if whole and errors else "ok")
+        self._telemetry.request_seconds.observe(seconds, operation=self._operation)
+        started = [item for item in self._items if item.started_s is not None]
+        self._telemetry.write(
+            "request",
+            operation=self._operation,
+            pictures=self._pictures,
+            milliseconds=round(1000 * seconds, 1),
+            wait_milliseconds=max(
+                (round(1000 * (item.started_s - item.queued_s), 1) for item in started if item.started_s), default=None
+            ),
+            batch=max((item.batch for item in started), default=None),
+            error=errors[-1] if errors else None,
+            failed_pictures=len(errors) or None,
+            captions=[_text(item) for item in started] if self._telemetry.log_captions else None,
+        )
+
+
+def _text(item: Item) -> str | None:
+    found = None if item.future.cancelled() or item.future.exception() else item.future.result()
+    return found.text if isinstance(found, Caption) else None

@@ -1,0 +1,604 @@
+"""Laws of what stands before the page: who is let through, how much, and naming which files."""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import encode, gradient
+
+from captioner import asgi, payloads
+from captioner.asgi import ServiceMiddleware
+from captioner.errors import ServiceBusyError, ServiceClosedError
+from captioner.service import ServiceLimits
+from captioner.telemetry import Telemetry
+
+META = {"_type": "gradio.FileData"}
+
+
+@pytest.fixture
+def uploads(tmp_path):
+    folder = tmp_path / "uploads"
+    (folder / "ab12").mkdir(parents=True)
+    (folder / "ab12" / "a photo.png").write_bytes(encode(gradient(), "PNG"))
+    (tmp_path / "secret.png").write_bytes(encode(gradient(), "PNG"))
+    return folder
+
+
+@pytest.fixture
+def service():
+    log = io.StringIO()
+    return SimpleNamespace(
+        ready=True, refusal=lambda: None, limits=ServiceLimits(max_upload_bytes=1000), telemetry=Telemetry(log=log)
+    )
+
+
+class EchoApp:
+    """Answers with the body that it was given; remembers whether it was asked."""
+
+    def __init__(self):
+        self.bodies = []
+
+    async def __call__(self, scope, receive, send):
+        body, more = b"", True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            body, more = body + message["body"], message["more_body"]
+        self.bodies.append(body)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def app():
+    return EchoApp()
+
+
+@pytest.fixture
+def ask(app, service, uploads):
+    """Send a request through the middleware; the body goes in as many parts as it has."""
+    middleware = ServiceMiddleware(app, service=service, uploads=uploads, endpoints=["/caption"])
+
+    def ask(method, path, *parts, headers=(), length=True, inner=None, root=""):
+        if parts and not isinstance(parts[0], bytes):
+            parts = (json.dumps(parts[0]).encode(),)
+        total = sum(map(len, parts))
+        known = [(b"content-length", str(total).encode())] if length and parts else []
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages.append({"type": "http.request", "body": b"", "more_body": False})
+        sent = []
+
+        async def receive():
+            return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        middleware.app = inner or app
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": root + path,
+            "headers": [*known, (b"host", b"here:7860"), *headers],
+        }
+        scope["root_path"] = root
+        asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 30))
+        starts = [message for message in sent if message["type"] == "http.response.start"]
+        assert len(starts) <= 1
+        return SimpleNamespace(
+            status=starts[0]["status"] if starts else None,
+            headers=dict(starts[0]["headers"]) if starts else {},
+            body=b"".join(message.get("body", b"") for message in sent),
+            left=len(messages),
+        )
+
+    ask.middleware = middleware
+    return ask
+
+
+def call(value, *, route="call/caption"):
+    return "POST", f"/gradio_api/{route}", {"data": [value]}
+
+
+# --- Health ---
+
+
+def test_healthy_as_long_as_the_process_lives_ready_as_long_as_the_model_answers(ask, service, app):
+    assert (ask("GET", "/healthz").status, ask("GET", "/readyz").status) == (200, 200)
+    service.ready = False
+    assert ask("GET", "/healthz").status == 200
+    answer = ask("GET", "/readyz")
+    assert answer.status == 503
+    assert int(answer.headers[b"retry-after"]) >= 1
+    assert ask("POST", "/healthz").status == 405
+    assert app.bodies == []
+
+
+def test_metrics_count_requests_by_endpoint_and_status(ask):
+    ask(*call(1))
+    ask(*call({"path": "/etc/passwd"}))
+    answer = ask("GET", "/metrics")
+    assert answer.headers[b"content-type"] == b"text/plain; version=0.0.4; charset=utf-8"
+    text = answer.body.decode()
+    assert 'captioner_http_requests_total{endpoint="call/caption",status="200"} 1' in text
+    assert 'captioner_http_requests_total{endpoint="call/caption",status="400"} 1' in text
+    assert 'captioner_errors_total{kind="RefusedPayload"} 1' in text
+
+
+@given(st.lists(st.text(), max_size=5), st.sampled_from(["GET", "POST", "PUT", "WHATEVER"]))
+def test_labels_of_metrics_are_few_whatever_is_asked(parts, method):
+    limits = ServiceLimits(max_upload_bytes=1000)
+    there = SimpleNamespace(ready=True, refusal=lambda: None, limits=limits, telemetry=Telemetry())
+    middleware = ServiceMiddleware(EchoApp(), service=there, uploads="/nowhere", endpoints=["caption"])
+    allowed = {"/", "page", "other", "file", "heartbeat", "queue/data", *asgi._WORK, *asgi._SENT}
+    names = {
+        f"{route}/{name}{end}"
+        for route in ("call", "run", "api")
+        for name in ("caption", "other")
+        for end in ("", "/answer")
+    }
+    for first in ("", "/gradio_api/", "/gradio_api/call/", "/gradio_api/queue/"):
+        label = middleware._label({"type": "http", "method": method, "path": first + "/".join(parts)})
+        assert label in allowed | names
+
+
+# --- Admission ---
+
+
+@pytest.mark.parametrize(
+    "route", ["call/caption", "call/v2/caption", "run/caption", "api/caption", "queue/join", "upload", "mcp"]
+)
+def test_a_full_queue_is_said_at_once(ask, service, app, route):
+    service.refusal = lambda: ServiceBusyError("full", retry_after_s=7)
+    answer = ask("POST", f"/gradio_api/{route}", b"{}")
+    assert (answer.status, answer.headers[b"retry-after"]) == (503, b"7")
+    assert json.loads(answer.body) == {"error": {"type": "ServiceBusyError", "message": "full"}}
+    assert app.bodies == []
+    assert answer.left == 2  # nothing of the body was read
+
+
+def test_while_closing_answers_are_still_fetched_and_requests_cancelled(ask, service):
+    service.refusal = lambda: ServiceClosedError("closing")
+    assert ask(*call(1)).status == 503
+    assert ask("GET", "/gradio_api/call/caption/abc").status == 200
+    assert ask("GET", "/gradio_api/queue/data").status == 200
+    assert ask("POST", "/gradio_api/cancel", b"{}").status == 200
+
+
+# --- Sizes ---
+
+
+@pytest.mark.parametrize("length", [True, False])
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/call/caption", "/gradio_api/cancel"])
+def test_a_body_over_its_limit_is_refused_however_it_comes(ask, app, path, length):
+    part = b" " * 100_000
+    count = 1 + asgi.JSON_LIMIT // len(part)
+    answer = ask("POST", path, *[part] * count, length=length)
+    assert answer.status == 413
+    assert app.bodies == []
+    if length:
+        assert answer.left == count + 1  # refused before anything was read
+
+
+def test_a_body_at_its_limit_passes_unchanged(ask, app):
+    limit = 1000 + asgi.MULTIPART_BYTES
+    body = os.urandom(limit)
+    assert ask("POST", "/gradio_api/upload", body[:7], body[7:], length=False).status == 200
+    assert app.bodies == [body]
+    assert ask("POST", "/gradio_api/upload", body + b"!", length=False).status == 413
+
+
+def test_an_app_that_hides_the_end_of_a_body_cannot_answer_it(ask):
+    async def stubborn(scope, receive, send):
+        with contextlib.suppress(Exception):
+            while (await receive())["more_body"]:
+                pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all is well"})
+
+    answer = ask("POST", "/gradio_api/upload", *[b" " * 50_000] * 9, length=False, inner=stubborn)
+    assert (answer.status, b"well" in answer.body) == (413, False)
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1e9", "²".encode(), b"9" * 400])
+def test_a_length_that_is_no_sensible_number_is_refused(ask, app, length):
+    answer = ask("POST", "/gradio_api/upload", b"x", length=False, headers=[(b"content-length", length)])
+    assert answer.status in (400, 413)
+    assert app.bodies == []
+
+
+def test_what_is_buffered_is_bounded_and_given_back(ask, app, monkeypatch):
+    monkeypatch.setattr(asgi, "BUFFER_LIMIT", 100)
+    assert ask("POST", "/gradio_api/call/caption", b" " * 60, b" " * 60).status == 503
+    assert ask.middleware._buffered_bytes == 0
+    assert ask(*call(1)).status == 200
+    assert ask.middleware._buffered_bytes == 0
+
+
+def test_a_body_that_never_ends_times_out(ask, app, monkeypatch):
+    monkeypatch.setattr(asgi, "BODY_TIMEOUT_S", 0.01)
+
+    async def never():
+        await asyncio.Event().wait()
+
+    async def run(path):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        await asyncio.wait_for(ask.middleware(scope, never, send), 30)
+        return sent[0]["status"]
+
+    assert asyncio.run(run("/gradio_api/call/caption")) == 408
+    assert asyncio.run(run("/gradio_api/upload")) == 408
+
+
+def test_a_client_that_leaves_in_the_middle_gets_no_answer(ask, app):
+    async def run():
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            raise AssertionError(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/call/caption", "headers": []}
+        await asyncio.wait_for(ask.middleware(scope, receive, send), 30)
+
+    asyncio.run(run())
+    assert app.bodies == []
+
+
+def test_the_app_sees_the_client_leave_after_a_checked_body(ask):
+    seen = []
+
+    async def watching(scope, receive, send):
+        seen.append(await receive())
+        seen.extend([(await receive())["type"], (await receive())["type"]])
+
+    ask("POST", "/gradio_api/call/caption", b"{}", inner=watching)
+    assert seen == [{"type": "http.request", "body": b"{}", "more_body": False}, "http.disconnect", "http.disconnect"]
+
+
+# --- Routes ---
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/"),
+        ("POST", "/anything"),
+        ("PUT", "/gradio_api/call/caption"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/process_recording"),
+        ("POST", "/gradio_api/vibe-edit/"),
+        ("POST", "/gradio_api/stream/abc"),
+        ("POST", "/gradio_api/queue/other"),
+        ("GET", "/gradio_api/proxy=http://example.com/x"),
+        ("GET", "/gradio_api/file=http://example.com/x.png"),
+        ("GET", "/gradio_api/file=https:/example.com/x.png"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/file=etc/passwd"),
+        ("GET", "/gradio_api/file/etc/passwd"),
+        ("HEAD", "/gradio_api/file=//etc/passwd"),
+        ("GET", "/gradio_api/vibe-code"),
+    ],
+)
+def test_routes_that_would_fetch_read_or_change_are_not_served(ask, app, method, path):
+    assert ask(method, path, b"{}").status == 404
+    assert app.bodies == []
+
+
+def test_uploaded_files_are_shown(ask, uploads, tmp_path):
+    assert ask("GET", f"/gradio_api/file={uploads}/ab12/a photo.png").status == 200
+    assert ask("GET", f"/gradio_api/file={uploads}/../secret.png").status == 404
+    assert ask("GET", f"/gradio_api/file={tmp_path}/secret.png").status == 404
+
+
+def test_a_root_path_changes_nothing(ask, app):
+    for root in ("", "/demo"):
+        assert ask("POST", "/gradio_api/call/caption", {"data": [{"path": "/etc/passwd"}]}, root=root).status == 400
+        assert ask("GET", "/gradio_api/file=/etc/passwd", root=root).status == 404
+        assert ask("GET", "/healthz", root=root).status == 200
+    assert app.bodies == []
+    text = ask("GET", "/metrics").body.decode()
+    assert 'captioner_http_requests_total{endpoint="call/caption",status="400"} 2' in text
+
+
+def test_there_are_no_websockets(ask, app):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(ask.middleware({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+# --- Files that a body names ---
+
+
+def own(uploads):
+    return f"{uploads}/ab12/a photo.png"
+
+
+def test_an_uploaded_file_passes_as_a_browser_and_a_client_name_it(ask, app, uploads):
+    path = own(uploads)
+    address = f"http://here:7860/gradio_api/file={quote(path)}"
+    named = [
+        {"path": path, "meta": META, "orig_name": "../../x.png", "url": address},
+        {"path": path, "meta": META, "url": f"/gradio_api/file={path}"},
+        {"path": path, "meta": META, "url": None},
+        {"path": path},
+        {"path": None, "url": None},
+        "http://a.sentence/about a page",
+    ]
+    for value in named:
+        assert ask(*call(value)).status == 200, value
+    assert [json.loads(body)["data"][0] for body in app.bodies] == named
+
+
+ATTACKS = [
+    {"path": "/etc/passwd"},
+    {"path": "/etc/passwd", "meta": META},
+    {"path": "/etc/passwd", "meta": {}},
+    {"path": "{uploads}/../secret.png", "meta": META},
+    {"path": "{uploads}/ab12/../../secret.png"},
+    {"path": "{uploads}//ab12/a photo.png"},
+    {"path": "{uploads}/ab12/./a photo.png"},
+    {"path": "{uploads}"},
+    {"path": "{uploads}/ab12"},
+    {"path": "{uploads}/ab12/none.png"},
+    {"path": "{uploads}-not/x.png"},
+    {"path": "ab12/a photo.png"},
+    {"path": ""},
+    {"path": "~/x.png"},
+    {"path": "/etc/passwd\0.png"},
+    {"path": "file:///etc/passwd"},
+    {"path": "http://example.com/x.png", "meta": META},
+    {"path": "https://example.com/x.png"},
+    {"path": "HTTP://example.com/x.png"},
+    {"path": "data:image/png;base64,AAAA"},
+    {"path": ["/etc/passwd"]},
+    {"path": {"path": "/etc/passwd"}},
+    {"path": 3},
+    {"path": "{own}", "meta": "gradio.FileData"},
+    {"meta": META},
+    {"meta": META, "path": None, "url": None},
+    {"url": "http://example.com/x.png"},
+    {"url": "data:image/png;base64,AAAA", "path": None},
+    {"path": "{own}", "url": "http://example.com/x.png"},
+    {"path": "{own}", "url": "http://example.com/gradio_api/file={own}"},
+    {"path": "{own}", "url": "//example.com/gradio_api/file={own}"},
+    {"path": "{own}", "url": "http://here:7860@example.com/gradio_api/file={own}"},
+    {"path": "{own}", "url": "http://here:7860/gradio_api/file=/etc/passwd"},
+    {"path": "{own}", "url": "http://here:7860/gradio_api/file={own}?x=http://example.com"},
+    {"path": "{own}", "url": "file:///gradio_api/file={own}"},
+    {"path": "{own}", "url": "http://[bad/gradio_api/file={own}"},
+    {"path": "{own}", "url": 3},
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_what_was_not_uploaded_here_is_refused(ask, app, uploads, attack):
+    def filled(value):
+        return (
+            value.replace("{uploads}", str(uploads)).replace("{own}", own(uploads)) if isinstance(value, str) else value
+        )
+
+    attack = {key: filled(value) for key, value in attack.items()}
+    for route in ("call/caption", "call/v2/caption", "run/caption", "api/caption", "queue/join"):
+        for value in (attack, [[attack]], {"deep": {"er": [attack]}}):
+            answer = ask(*call(value, route=route))
+            assert answer.status == 400
+            assert "passwd" not in answer.body.decode()
+            assert str(uploads) not in answer.body.decode()
+    assert ask("POST", "/gradio_api/call/v2/caption", {"picture": attack}).status == 400
+    assert app.bodies == []
+
+
+def test_links_among_the_uploads_lead_nowhere(ask, uploads, tmp_path):
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    (uploads / "folder").symlink_to(tmp_path)
+    assert ask(*call({"path": f"{uploads}/link.png"})).status == 400
+    assert ask(*call({"path": f"{uploads}/folder/secret.png"})).status == 400
+
+
+def test_the_folder_of_uploads_may_itself_be_a_link(uploads, tmp_path):
+    (tmp_path / "alias").symlink_to(uploads)
+    for folder in (tmp_path / "alias", uploads):
+        assert payloads.is_upload(f"{folder}/ab12/a photo.png", tmp_path / "alias")
+    assert not payloads.is_upload(f"{tmp_path}/alias/ab12/none.png", tmp_path / "alias")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b'{"data": [{"path": null, "path": "/etc/passwd"}]}',
+        '{"data": [{"path": "/etc/passwd"}]}'.encode("utf-16"),
+        '{"data": [{"path": "/etc/passwd"}]}'.encode("utf-8-sig"),
+        b'{"data": [{"p\\u0061th": "/etc/passwd"}]}',
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b"\xff",
+        b"[" + b"0," * 300_000 + b"0]",
+    ],
+)
+def test_a_body_that_could_be_read_in_two_ways_or_is_endless_is_refused(ask, app, body):
+    assert ask("POST", "/gradio_api/call/caption", body).status == 400
+    assert app.bodies == []
+
+
+def test_forms_go_to_the_upload_route_only(ask, app):
+    form = [(b"content-type", b"Multipart/Form-Data; boundary=x")]
+    assert ask("POST", "/gradio_api/call/caption", b"{}", headers=form).status == 415
+    assert ask("POST", "/gradio_api/upload", b"--x--", headers=form).status == 200
+
+
+@pytest.mark.parametrize(
+    "address", ["http://example.com/x.png", "https://e.com", "file:/etc/passwd", "FTP://x", " http://x"]
+)
+def test_tools_are_handed_no_addresses(ask, app, address):
+    def tool(value):
+        arguments = {"picture": value, "sentence": "note: a dog"}
+        return {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": "caption", "arguments": arguments},
+        }
+
+    assert ask("POST", "/gradio_api/mcp/", tool(address)).status == 400
+    assert ask("POST", "/gradio_api/mcp/", [tool(address)]).status in (400,)
+    assert app.bodies == []
+    assert ask("POST", "/gradio_api/mcp/", tool("data:image/png;base64,AAAA")).status == 200
+    assert (
+        ask("POST", "/gradio_api/mcp/", {"method": "initialize", "params": {"client": {"url": "http://x"}}}).status
+        == 200
+    )
+
+
+# --- Stopping ---
+
+
+def test_open_answers_are_waited_for_and_heartbeats_are_not(ask, service):
+    opened = service.telemetry.http_open
+    seen = []
+
+    async def counting(scope, receive, send):
+        seen.append(opened.value())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    for path in ("/gradio_api/call/caption/abc", "/gradio_api/heartbeat/abc"):
+        ask("GET", path, inner=counting)
+    assert seen == [1, 0]
+    assert opened.value() == 0
+    assert asgi.wait_for_answers(service.telemetry, timeout_s=30, quiet_s=0)
+    opened.add(1)
+    assert not asgi.wait_for_answers(service.telemetry, timeout_s=0.01, quiet_s=0)
+
+
+def test_an_app_that_fails_leaves_nothing_open(ask, service):
+    async def failing(scope, receive, send):
+        raise ZeroDivisionError
+
+    for method, path in (("GET", "/"), ("POST", "/gradio_api/call/caption"), ("POST", "/gradio_api/upload")):
+        with pytest.raises(ZeroDivisionError):
+            ask(method, path, b"{}", inner=failing)
+    assert service.telemetry.http_open.value() == 0
+
+
+# --- What is left behind ---
+
+
+def test_old_files_are_swept_and_new_ones_stay(uploads):
+    old, new = uploads / "old" / "x.png", uploads / "ab12" / "a photo.png"
+    old.parent.mkdir()
+    old.write_bytes(b"x")
+    for path in (old, old.parent):
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert payloads.sweep(uploads, older_than_s=3600) == 1
+    assert not old.exists()
+    assert new.exists()
+    assert payloads.sweep(uploads, older_than_s=3600) == 0
+
+
+def test_the_log_names_endpoint_status_and_error_and_nothing_of_the_user(ask, service):
+    ask("POST", "/gradio_api/call/my-private-name", {"data": [{"path": "/home/me/secret.png"}]})
+    line = json.loads(service.telemetry.log.getvalue())
+    assert {key: line[key] for key in ("event", "endpoint", "status", "error")} == {
+        "event": "http",
+        "endpoint": "call/other",
+        "status": 400,
+        "error": "RefusedPayload",
+    }
+    assert "private" not in str(line)
+    assert "secret" not in str(line)
+
+
+# --- Before Gradio itself ---
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page of Gradio with a picture as input, behind the middleware, on a port of its own."""
+    folder = tmp_path_factory.mktemp("gradio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        import gradio as gr
+        from starlette.middleware import Middleware
+
+        limits = ServiceLimits(max_upload_bytes=100_000)
+        there = SimpleNamespace(ready=True, refusal=lambda: None, limits=limits, telemetry=Telemetry())
+        with gr.Blocks() as blocks:
+            photo, out = gr.Image(type="filepath"), gr.Textbox()
+            gr.Button().click(lambda path: "seen" if path else "nothing", photo, out, api_name="caption")
+            gr.Button().click(lambda given: str(given["path"]), photo, out, api_name="raw", preprocess=False)
+        middleware = Middleware(ServiceMiddleware, service=there, uploads=folder, endpoints=["caption", "raw"])
+        _, url, _ = blocks.launch(
+            prevent_thread_lock=True, quiet=True, share=False, app_kwargs={"middleware": [middleware]}
+        )
+        yield url.rstrip("/")
+        blocks.close(verbose=False)
+
+
+def fetch(url, body=None, headers=None):
+    request = urllib.request.Request(url, body, headers or {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as err:
+        return err.code, err.read()
+
+
+def upload(url, data):
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a b.png"\r\n\r\n' + data + b"\r\n--x--\r\n"
+    return fetch(f"{url}/gradio_api/upload", form, {"Content-Type": "multipart/form-data; boundary=x"})
+
+
+def test_before_gradio_an_upload_is_seen_and_a_file_of_the_server_is_not(page, tmp_path):
+    status, body = upload(page, encode(gradient(), "PNG"))
+    assert status == 200
+    (path,) = json.loads(body)
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encode(gradient(), "PNG"))
+    for name in ("caption", "raw"):
+        for url in (None, f"{page}/gradio_api/file={quote(path)}"):
+            data = json.dumps({"data": [{"path": path, "meta": META, "url": url}]}).encode()
+            status, body = fetch(f"{page}/gradio_api/run/{name}", data)
+            assert status == 200, body
+            assert json.loads(body)["data"] in (["seen"], [path])
+        for attack in (
+            {"path": str(secret)},
+            {"path": str(secret), "meta": META},
+            {"path": f"{page}/healthz", "meta": META},
+        ):
+            for route in (f"run/{name}", f"call/{name}", "queue/join"):
+                body = {"data": [attack], "fn_index": 0, "session_hash": "x"}
+                assert fetch(f"{page}/gradio_api/{route}", json.dumps(body).encode())[0] == 400
+    assert fetch(f"{page}/gradio_api/file={quote(path)}")[0] == 200
+    assert fetch(f"{page}/gradio_api/file={quote(str(secret))}")[0] == 404
+
+
+def test_before_gradio_the_page_health_and_limits_are_there(page):
+    status, body = fetch(page)
+    assert status == 200
+    assert b"gradio" in body
+    assert fetch(f"{page}/config")[0] == 200
+    assert fetch(f"{page}/healthz")[0] == 200
+    assert b"captioner_http_requests_total" in fetch(f"{page}/metrics")[1]
+    assert upload(page, bytes(200_000))[0] == 413
