@@ -26,14 +26,15 @@ class Template:
     Fields are replaced by their values and nothing else: no format, no index, no attribute.
 
     Args:
-        text: with any of the fields caption, image (the record's name), stem (the file's name without its suffix),
+        text: with any of the fields caption, phrase (the caption as part of a longer text: "a dog on a rug", without
+            capital and full stop), image (the record's name), stem (the file's name without its suffix),
             score (four decimals) and confidence (two decimals; empty when the model was not calibrated).
 
     Raises:
         ConfigError: for an unknown field or broken braces.
     """
 
-    FIELDS = ("caption", "image", "stem", "score", "confidence")
+    FIELDS = ("caption", "phrase", "image", "stem", "score", "confidence")
 
     def __init__(self, text: str = "{caption}") -> None:
         self.text = text
@@ -61,12 +62,19 @@ class Template:
         """
         values = {
             "caption": result.text,
+            "phrase": _phrase(result.text),
             "image": picture.name,
             "stem": picture.relative.stem,
             "score": f"{result.score:.4f}",
             "confidence": "" if result.confidence is None else f"{result.confidence:.2f}",
         }
         return "".join(literal + ("" if name is None else values[name]) for literal, name in self._parts)
+
+
+def _phrase(sentence: str) -> str:
+    text = sentence.removesuffix(".")
+    # Of "T-shirt" and "TV" the capitals stay.
+    return text[:1].lower() + text[1:] if text[1:2].islower() or text[1:2] in ("", " ") else text
 
 
 def alt_text(caption_text: str, limit: int = ALT_TEXT_LIMIT) -> str:

@@ -718,6 +718,20 @@ def test_a_template_puts_values_for_fields_and_nothing_else():
 
 
 @pytest.mark.parametrize(
+    ("sentence", "phrase"),
+    [
+        ("A dog runs.", "a dog runs"),
+        ("Dogs run.", "dogs run"),
+        ("TV on a desk.", "TV on a desk"),
+        ("T-shirt on a rug.", "T-shirt on a rug"),
+        ("A.", "a"),
+    ],
+)
+def test_a_phrase_is_the_caption_as_part_of_a_longer_text(sentence, phrase):
+    assert fill("a photo of {phrase}!", sentence) == f"a photo of {phrase}!"
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{",
@@ -736,7 +750,7 @@ def test_a_template_puts_values_for_fields_and_nothing_else():
 )
 def test_a_template_with_anything_else_is_refused_with_the_fields_it_may_have(template):
     with pytest.raises(
-        ConfigError, match=r"template .*fields are \{caption\}, \{image\}, \{stem\}, \{score\}, \{confidence\}"
+        ConfigError, match=r"template .*fields are \{caption\}, \{phrase\}, \{image\}, \{stem\}, \{score\}"
     ):
         Template(template)
 
