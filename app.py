@@ -1,24 +1,25 @@
-"""The page: a photo in, its caption out; choose a word and see where the model looked.
+"""The page and its API: a photo in, its caption out; choose a word and see where the model looked.
 
     photo ──event──▶ captioner.page: messages of plain values ──▶ the scripts in captioner/page, in the browser
+    file ──call──▶ captioner.endpoints: records of plain values ──▶ a client, or a tool's user
 
 `python app.py` serves it on this machine. Nothing else in the project imports gradio.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import logging
-import os
-import socket
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner import Captioner, CaptionerError, ConfigError
+from captioner import CaptionerError, ConfigError, serving
+from captioner.asgi import Door, OpenDoor, ServiceMiddleware
 from captioner.config import METHODS
+from captioner.endpoints import NAMES, Endpoints, client_name, tool_contents
 from captioner.page import (
     MAX_BEAM_SIZE,
     Message,
@@ -33,16 +34,19 @@ from captioner.page import (
     tell_score,
 )
 from captioner.page.examples import Examples
+from captioner.payloads import is_upload
+from captioner.terminal import say
 
-# Gradio reads it when it is imported: it reports nothing about this page to anyone.
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-import gradio as gr
+UPLOADS = serving.prepare_environment()  # before Gradio is imported, which reads it
+import gradio as gr  # noqa: E402
+from gradio.events import api  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 LOG = logging.getLogger(__name__)
 EXAMPLES = Path(__file__).resolve().parent / "examples"
-MAX_UPLOAD = "20mb"
-CONCURRENCY = 16
-"""Requests that run at once; the model may join them into one batch."""
+MAX_MESSAGE = 1000
+MAX_SESSIONS = 1000
+"""Gradio keeps about 200 KiB for each."""
 
 TITLE = "Captioner"
 INTRODUCTION = f"""# {TITLE}
@@ -84,7 +88,7 @@ def build_app(
     name: str = "This model",
     examples: Examples | None = None,
 ) -> gr.Blocks:
-    """Build the page.
+    """Build the page and its API.
 
     Args:
         captioner: what captions the photos: a `Captioner`, or a service in front of one.
@@ -97,8 +101,10 @@ def build_app(
 
     Raises:
         ImageError: when a photo of the examples cannot be read.
+        OSError: when there can be no folder for uploads.
     """
     examples = examples or find_examples(captioner)
+    serving.open_uploads(UPLOADS)
     page = gr.Blocks(title=TITLE)
     with page:
         gr.Markdown(INTRODUCTION)
@@ -120,8 +126,6 @@ def build_app(
             "trigger_mode": "multiple",
             "show_progress": "hidden",  # the stage says itself what goes on
             "api_visibility": "private",
-            "concurrency_limit": CONCURRENCY,
-            "concurrency_id": "model",
         }
         # Not preprocessed: Gradio would open the photo itself, in fewer formats and with messages of its own.
         # That the file is one that was uploaded here has been checked before.
@@ -136,7 +140,29 @@ def build_app(
         ]
         for event in events:
             event.failure(None, js=f"() => {{ {_tell_stage('failed')} }}", api_visibility="private")
+        for function in Endpoints(captioner, uploads=UPLOADS).functions().values():
+            # Not queued: a tool's call of a queued function would come back here over HTTP, without its login.
+            api(_answering(function), queue=False)
+    # The service says how many may wait; a limit of Gradio's own would keep its batches small.
+    page.queue(max_size=None, default_concurrency_limit=None)
     return page
+
+
+def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn an endpoint's errors into those that Gradio shows, without a trace; faults of ours go into the log."""
+
+    @functools.wraps(endpoint)
+    def run(*values: Any) -> Any:
+        try:
+            return endpoint(*values)
+        except CaptionerError as err:
+            message, kind = str(err)[:MAX_MESSAGE], type(err).__name__
+        except Exception:
+            LOG.exception("a request could not be answered")
+            message, kind = FAULT, "Error"
+        raise gr.Error(message, title=kind, print_exception=False)
+
+    return run
 
 
 def _tell_stage(what: str) -> str:
@@ -168,7 +194,12 @@ class _Listeners:
         if upload is None:  # the photo was cleared, or another source of photos was chosen
             yield (gr.skip(),) * 4
             return
-        path, name = str(upload["path"]), str(upload["orig_name"])
+        path = upload.get("path") if isinstance(upload, dict) else None
+        # The door before the page refuses such paths too; a page may stand without a door.
+        if not isinstance(path, str) or not is_upload(path, UPLOADS):
+            yield None, gr.skip(), _error("This is not an uploaded photo."), gr.skip()
+            return
+        name = client_name(upload.get("orig_name"), path)
         box: Any = None
         for answer in self._answers(path, name, values):
             yield (box, *answer)
@@ -177,22 +208,26 @@ class _Listeners:
     def caption_shown(self, shown: tuple[str, str, int] | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Caption the photo on the stage again."""
         if shown is None:
-            yield gr.skip(), {"run": new_run(), "error": "Choose a photo first.", "keep": False}, gr.skip()
+            yield gr.skip(), _error("Choose a photo first."), gr.skip()
             return
         path, name, _ = shown
         yield from self._answers(path, name, values, again=True)
 
     def caption_example(self, event: gr.EventData, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Caption an example, which is named by its place alone."""
-        path = self._examples.paths[event.index]
-        yield from self._answers(str(path), path.name, values, example=event.index)
+        index = _told(event, "index")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self._examples.paths):
+            yield gr.skip(), _error("There is no such example."), gr.skip()
+            return
+        path = self._examples.paths[index]
+        yield from self._answers(str(path), path.name, values, example=index)
 
     def score_own(self, shown: tuple[str, str, int] | None, event: gr.EventData) -> Message:
         """Score the sentence that the user typed."""
         if shown is None:
-            return {"run": new_run(), "error": "Choose a photo first.", "keep": False}
+            return _error("Choose a photo first.")
         path, name, run = shown
-        return tell_score(self._model, path, name, str(event.sentence), run=run)
+        return tell_score(self._model, path, name, str(_told(event, "sentence")), run=run)
 
     def _answers(
         self, path: str, name: str, values: tuple[Any, ...], *, example: int | None = None, again: bool = False
@@ -233,6 +268,16 @@ class _Listeners:
         return search_options(dict(zip(self._options, values, strict=True)))
 
 
+def _error(text: str) -> Message:
+    return {"run": new_run(), "error": text, "keep": False}
+
+
+def _told(event: gr.EventData, name: str) -> Any:
+    """Return what the browser says of an event, which may be anything, or nothing."""
+    data = event._data
+    return data.get(name) if isinstance(data, dict) else None
+
+
 def _option_fields() -> tuple[dict[str, Any], gr.Button]:
     """Return a field for every search option, by its name, and the button that captions again."""
     help_of = option_help()
@@ -265,13 +310,24 @@ def _html(name: str, value: Any = None, *, visible: bool = True) -> gr.HTML:
     return gr.HTML(value, **parts, visible=visible, **drawing)
 
 
-def start(page: gr.Blocks, *, host: str, port: int) -> str:
+def start(
+    page: gr.Blocks,
+    *,
+    host: str,
+    port: int,
+    door: Door | None = None,
+    users: Sequence[tuple[str, str]] | None = None,
+    mcp: bool = False,
+) -> str:
     """Serve the page from threads of this process, until `page.close()`.
 
     Args:
         page: what `build_app` made.
         host: address to listen on; 127.0.0.1 is reached from this machine alone.
         port: to listen on.
+        door: the service, which says who is let in and counts; by default everyone is, within the usual limits.
+        users: names and passwords of those who may come in; None asks for none.
+        mcp: whether the endpoints are tools of the Model Context Protocol too.
 
     Returns:
         Where the page is.
@@ -279,8 +335,49 @@ def start(page: gr.Blocks, *, host: str, port: int) -> str:
     Raises:
         OSError: when the port is taken.
     """
+    door = door or OpenDoor()
+    guard: dict[str, Any] = {"uploads": UPLOADS, "endpoints": NAMES, "users": users}
+    before = Middleware(ServiceMiddleware, service=door, **guard, forget=functools.partial(_forget, page))
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        # All that a variable could open is said here.
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        allowed_paths=[],
+        ssr_mode=False,
+        num_workers=0,
+        pwa=False,
+        mcp_server=mcp,
+        auth=None if users is None else list(users),
+        max_file_size=door.limits.max_upload_bytes,
+        # Whoever waits for the model holds a thread.
+        max_threads=door.limits.max_queue + door.limits.max_batch + 16,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"middleware": [before]},
+        footer_links=[],
+        theme=_theme(),
+        css=read("page.css"),
+    )
+    if mcp:
+        tools: Any = page.mcp_server_obj
+        tools.postprocess_output_data = tool_contents
+    return str(url)
+
+
+def _forget(page: gr.Blocks, session: str) -> None:
+    """Drop what Gradio keeps of a session; a call by HTTP alone is one of its own, named like the call."""
+    holder = page.app.state_holder
+    holder.session_data.pop(session, None)
+    holder.time_last_used.pop(session, None)
+
+
+def _theme() -> gr.themes.Base:
     # System fonts: nothing to fetch. The default theme's greys for lesser text are too faint.
-    theme = gr.themes.Default(
+    return gr.themes.Default(
         primary_hue="indigo", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     ).set(
         body_text_color_subdued="*neutral_600",
@@ -288,87 +385,42 @@ def start(page: gr.Blocks, *, host: str, port: int) -> str:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        run_history=False,
-        enable_monitoring=False,
-        max_file_size=MAX_UPLOAD,
-        footer_links=[],
-        theme=theme,
-        css=read("page.css"),
-    )
-    return str(url)
+
+
+def serve(settings: serving.ServeSettings) -> None:
+    """Load the models and serve the page until SIGTERM or Ctrl-C; open requests are answered first.
+
+    Args:
+        settings: what to serve, where, to whom.
+
+    Raises:
+        CheckpointError: when a model cannot be loaded.
+        ConfigError: for a model that is no path.
+        OSError: when nothing can listen there.
+        KeyboardInterrupt: after Ctrl-C, when all is closed.
+    """
+    port = int(settings.port)
+    serving.require_free(settings.host, port)
+    with serving.Stopping() as stopping, contextlib.ExitStack() as closing:
+        service, others = serving.open_services(settings, closing)
+        examples = find_examples(service)
+        page = build_app(service, others=others, name=serving.title(settings.model, 1), examples=examples)
+        url = start(page, host=settings.host, port=port, door=service, users=settings.users, mcp=settings.mcp)
+        closing.callback(page.close, verbose=False)
+        closing.enter_context(serving.swept(UPLOADS))
+        threading.Thread(target=examples.get_ready, name="examples", daemon=True).start()
+        say(f"{TITLE} is at {url} (Ctrl-C stops it)")
+        interrupted = stopping.wait()
+        serving.finish(service)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Load the model and serve the page until Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Serve the page: a photo in, its caption out.")
-    parser.add_argument("--model", help="model folder or hub id 'user/name' (default: the bundled model)")
-    parser.add_argument(
-        "--compare", action="append", default=[], metavar="MODEL", help="show this model beside it; may be repeated"
-    )
-    # A platform that runs this file says by these variables where it expects the page.
-    host, port = os.getenv("GRADIO_SERVER_NAME", "127.0.0.1"), os.getenv("GRADIO_SERVER_PORT", "7860")
-    parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", default=port, help="port to listen on, 1 to 65535 (default: %(default)s)")
-    arguments = parser.parse_args()
-    try:
-        _serve(arguments.model, arguments.compare, arguments.host, _port(arguments.port))
-    except KeyboardInterrupt:
-        parser.exit(130, "error: interrupted\n")
-    except ConfigError as err:
-        parser.exit(2, f"error: {' '.join(str(err).splitlines())}\n")
-    except (CaptionerError, OSError) as err:
-        parser.exit(1, f"error: {' '.join(str(err).splitlines())}\n")
+    """Serve the page as the options of the command line say; the same as `captioner serve`."""
+    from captioner.cli_serve import main as run
 
-
-def _title(model: str | None) -> str:
-    """Return the name of a model on the page: no path of this machine belongs there."""
-    return "The bundled model" if model is None else Path(model).name
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= 65535):
-        raise ConfigError(f"--port (or GRADIO_SERVER_PORT) must be a whole number from 1 to 65535, got {text!r}")
-    return int(text)
-
-
-def _require_free(host: str, port: int) -> None:
-    """Say in one line what Gradio would say in the traceback of a thread."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server((str(address[0]), port), family=family).close()
-    except (OSError, UnicodeError) as err:  # a host name with an impossible part is a UnicodeError
-        reason = err.strerror if isinstance(err, OSError) else "not a possible name"
-        raise OSError(
-            f"cannot listen on {host[:200]!r}, port {port}: {reason}; choose others with --host, --port"
-        ) from err
-
-
-def _serve(model: str | None, compare: list[str], host: str, port: int) -> None:
-    """Serve the page until it is interrupted."""
-    _require_free(host, port)
-    captioner = Captioner.load(model)
-    others = {f"{_title(each)} ({number})": Captioner.load(each) for number, each in enumerate(compare, 2)}
-    examples = find_examples(captioner)
-    page = build_app(captioner, others=others, name=f"{_title(model)} (1)", examples=examples)
-    url = start(page, host=host, port=port)
-    threading.Thread(target=examples.get_ready, name="examples", daemon=True).start()
-    try:
-        sys.stdout.write(f"{TITLE} is at {url} (Ctrl-C stops it)\n")
-        sys.stdout.flush()
-        _wait()
-    finally:
-        page.close(verbose=False)
-
-
-def _wait() -> None:
-    """Wait for Ctrl-C; Gradio's own waiting would end in status 0."""
-    threading.Event().wait()
+    run()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that stre
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from captioner import payloads
 from captioner.errors import ServiceBusyError, ServiceError
-from captioner.service import Service
+from captioner.service import ServiceLimits
 from captioner.telemetry import CONTENT_TYPE, OTHER, Telemetry
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -65,6 +67,32 @@ class _Refusal(Exception):  # noqa: N818  # an answer, not a fault
         self.status, self.kind, self.message, self.retry_after_s = status, kind, message, retry_after_s
 
 
+class Door(Protocol):
+    """What the middleware asks before it lets a request in; `captioner.service.Service` has it."""
+
+    limits: ServiceLimits
+    telemetry: Telemetry
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken and the model answers."""
+
+    def refusal(self) -> ServiceError | None:
+        """Return the error with which a request would be refused now; None when it would be taken."""
+
+
+class OpenDoor:
+    """Before a page without a service: lets everyone in, within the usual limits of size."""
+
+    ready = True
+
+    def __init__(self) -> None:
+        self.limits, self.telemetry = ServiceLimits(), Telemetry()
+
+    def refusal(self) -> None:
+        """Refuse nobody."""
+
+
 class ServiceMiddleware:
     """Stands before Gradio's app; see the head of this file.
 
@@ -74,18 +102,24 @@ class ServiceMiddleware:
         uploads: the folder of uploaded files, `GRADIO_TEMP_DIR`.
         endpoints: names of the page's API endpoints, as the metrics may show them; others are counted as "other".
         max_body_bytes: the most bytes of an upload with all its files; default: one file of the service's limit.
+        users: names and passwords, of which tools must send one pair by HTTP Basic authentication (RFC 7617): behind
+            this, Gradio asks for a login everywhere but there. None lets everyone in.
+        forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
     """
 
     def __init__(
         self,
         app: App,
         *,
-        service: Service,
+        service: Door,
         uploads: str | Path,
         endpoints: Iterable[str] = (),
         max_body_bytes: int | None = None,
+        users: Iterable[tuple[str, str]] | None = None,
+        forget: Callable[[str], None] | None = None,
     ) -> None:
         self.app = app
+        self.forget = forget
         self.service = service
         self.uploads = Path(uploads)
         self.endpoints = frozenset(name.strip("/") for name in endpoints)
@@ -93,6 +127,7 @@ class ServiceMiddleware:
         # A picture may stand in a call of a tool as text, four characters for three bytes.
         self.max_tool_bytes = service.limits.max_upload_bytes * 4 // 3 + JSON_LIMIT
         self._buffered_bytes = 0
+        self._keys = None if users is None else [base64.b64encode(":".join(user).encode()) for user in users]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on; see the ASGI specification."""
@@ -103,8 +138,9 @@ class ServiceMiddleware:
             await self.app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send, label=self._label(scope))
-        # A heartbeat is as long as a page is looked at.
-        counted = 0 if exchange.label == "heartbeat" else 1
+        # A heartbeat is as long as a page is looked at, and a tool may listen as long as it lives.
+        endless = exchange.label == "heartbeat" or (exchange.label == "mcp" and exchange.method == "GET")
+        counted = 0 if endless else 1
         self.service.telemetry.http_open.add(counted)
         try:
             await self._answer(exchange)
@@ -123,8 +159,14 @@ class ServiceMiddleware:
             return
         route = _route(path)
         self._require_served(route, path, method)
+        if route == "mcp":
+            self._require_key(exchange)
         if method in ("GET", "HEAD", "OPTIONS"):
-            await self.app(exchange.scope, exchange.receive, exchange.send)
+            try:
+                await self.app(exchange.scope, exchange.receive, exchange.send)
+            finally:
+                if self.forget and method == "GET" and exchange.label.endswith("/answer"):
+                    self.forget(path.rstrip("/").rpartition("/")[2])
             return
         if route in _WORK or route == "upload":
             self._require_admission()
@@ -154,6 +196,13 @@ class ServiceMiddleware:
                 raise _Refusal(404, "NotFound", "nothing is served here")
         elif method != "OPTIONS" and (method not in ("POST", "DELETE") or route not in _WORK | _SENT):
             raise _Refusal(404, "NotFound", "nothing is served here")
+
+    def _require_key(self, exchange: _Exchange) -> None:
+        scheme, _, given = exchange.header("authorization").partition(" ")
+        # Every key is compared, in a time that does not depend on what was given.
+        known = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys or ()]
+        if self._keys is not None and (scheme.lower() != "basic" or not any(known)):
+            raise _Refusal(401, "NotAuthenticated", "send user and password by HTTP Basic authentication")
 
     def _require_admission(self) -> None:
         error: ServiceError | None = self.service.refusal()
@@ -225,7 +274,13 @@ class ServiceMiddleware:
             handed, part, whole = True, whole, b""
             return {"type": "http.request", "body": part, "more_body": False}
 
-        await self.app(exchange.scope, receive, exchange.send)
+        try:
+            await self.app(exchange.scope, receive, exchange.send)
+        except (KeyError, TypeError) as err:
+            # So Gradio says that a call by names has a name too many or too few, or asks for no endpoint.
+            if exchange.status is not None or not exchange.path.startswith(f"{API}/call/v2/"):
+                raise
+            raise _Refusal(400, "BadRequest", f"no such endpoint or argument; {API}/info lists them") from err
 
     def _check(self, exchange: _Exchange, body: bytes) -> None:
         if exchange.method != "POST":
@@ -367,6 +422,8 @@ class _Exchange:
         more: list[tuple[bytes, bytes]] = []
         if refusal.retry_after_s is not None:
             more.append((b"retry-after", str(refusal.retry_after_s).encode()))
+        if refusal.status == 401:
+            more.append((b"www-authenticate", b'Basic realm="captioner", charset="UTF-8"'))
         if refusal.status in (408, 413):
             more.append((b"connection", b"close"))  # the rest of the body is not read
         error = {"type": refusal.kind, "message": refusal.message}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from captioner.cli_batch import batch, merge
+from captioner.cli_serve import serve
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
 from captioner.terminal import (
@@ -180,6 +181,7 @@ def _print_words(found: Caption) -> None:
 
 app.command()(batch)
 app.command()(merge)
+app.command()(serve)
 
 
 @app.command()

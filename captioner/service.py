@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from captioner.api import Captioner
 from captioner.batching import Batcher, Ticket
@@ -189,12 +189,17 @@ class Service:
                 return self._put(ticket, record, picture, chosen, limit=self._batch_limit(chosen))
 
     def caption_batch(
-        self, pictures: Sequence[Source | PreparedPicture], **options: Any
+        self,
+        pictures: Sequence[Source | PreparedPicture],
+        *,
+        on_error: Literal["raise", "return"] = "return",
+        **options: Any,
     ) -> list[Caption | ImageError | SearchError]:
         """Caption many pictures; all of them are admitted, or none.
 
         Args:
             pictures: each as for `Captioner.caption`; at most `limits.max_queue`.
+            on_error: "return" gives the error of a picture in the place of its caption; "raise" raises the first.
             **options: search options; see `SearchOptions`.
 
         Returns:
@@ -204,6 +209,8 @@ class Service:
             ConfigError: for an unknown or impossible option, or too many pictures.
             SearchError: for a word that the model does not know.
         """
+        if on_error not in ("raise", "return"):
+            raise ConfigError(f"on_error must be 'raise' or 'return', got {on_error!r}")
         if isinstance(pictures, str | bytes | bytearray | os.PathLike) or not isinstance(pictures, Iterable):
             raise ConfigError(f"pictures must be a list of pictures, got one {type(pictures).__name__}; use caption()")
         given = list(pictures)
@@ -220,12 +227,16 @@ class Service:
                         except ImageError as err:
                             record.failed(err)
                             found.append(err)
-            return [each if isinstance(each, ImageError) else _caption_or_error(each) for each in found]
+            results = [each if isinstance(each, ImageError) else _caption_or_error(each) for each in found]
         except BaseException:
             for each in found:
                 if isinstance(each, Future):
                     each.cancel()
             raise
+        for result in results:
+            if on_error == "raise" and not isinstance(result, Caption):
+                raise result
+        return results
 
     def score(self, picture: Source | PreparedPicture, sentence: str) -> Caption:
         """Read a given sentence as the picture's caption.

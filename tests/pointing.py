@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from captioner import Caption, SearchError, SearchOptions, Word
+from captioner import Caption, ImageError, SearchError, SearchOptions, Word
 from captioner.geometry import Geometry
 from captioner.images import open_picture
 
@@ -80,6 +80,15 @@ class PointingCaptioner:
             return self._caption(picture, pointing_words(texts), number=number, text=text, alternatives=alternatives)
 
         return caption(1, tuple(caption(number) for number in range(2, chosen.n_best + 1)))
+
+    def caption_batch(self, pictures, *, on_error="raise", **options):
+        for picture in pictures:
+            try:
+                yield self.caption(picture, **options)
+            except ImageError as err:
+                if on_error == "raise":
+                    raise
+                yield err
 
     def stream(self, picture, **options):
         SearchOptions.from_dict(options)

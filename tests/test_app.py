@@ -4,7 +4,6 @@ import base64
 import io
 import socket
 import sys
-from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -12,12 +11,19 @@ from PIL import Image
 from pointing import CELLS, PointingCaptioner
 
 import app
-from captioner import SearchOptions
+from captioner import Captioner, SearchOptions
 from captioner.page import read
 from captioner.page.examples import THUMBNAIL_SIDE_PX
 
 CAPTIONER = PointingCaptioner()
 VALUES = {**dict.fromkeys(name for row in app.OPTION_ROWS for name in row), **app.OPTION_VALUES}
+
+
+def upload(**options):
+    """A photo where Gradio keeps what was uploaded."""
+    folder = app.UPLOADS / "ab12"
+    folder.mkdir(exist_ok=True)
+    return photo(folder, **options)
 
 
 def photo(folder, size_wh_px=(30, 20), *, name="photo.jpg"):
@@ -46,8 +52,8 @@ def page(tmp_path, monkeypatch):
     return app.build_app(CAPTIONER)
 
 
-def test_an_upload_is_captioned_and_the_box_is_free_for_the_next(page, tmp_path):
-    path = photo(tmp_path)
+def test_an_upload_is_captioned_and_the_box_is_free_for_the_next(page):
+    path = upload()
     answers = list(functions(page)["caption_upload"]({"path": path, "orig_name": "mine.jpg"}, *fields(n_best=2)))
     box, (*shown, run), stage, _ = answers[0]
     assert box is None
@@ -56,7 +62,14 @@ def test_an_upload_is_captioned_and_the_box_is_free_for_the_next(page, tmp_path)
     assert len(answers[-1][2]["captions"]) == 2
     # Later answers must not touch what a newer photo may have put there.
     assert all(answer[:2] == (gr.skip(), gr.skip()) for answer in answers[1:])
-    assert str(tmp_path) not in str([answer[2:] for answer in answers])
+    assert str(app.UPLOADS) not in str([answer[2:] for answer in answers])
+
+
+@pytest.mark.parametrize("given", ["/etc/passwd", {}, {"path": "/etc/passwd"}, {"path": None}, {"path": 3}, [], 7])
+def test_what_was_not_uploaded_is_refused_even_without_a_door_before_the_page(page, given):
+    ((box, shown, stage, _),) = functions(page)["caption_upload"](given, *fields())
+    assert (box, shown) == (None, gr.skip())
+    assert stage["error"] == "This is not an uploaded photo."
 
 
 def test_clearing_the_box_changes_nothing(page):
@@ -78,10 +91,9 @@ def test_impossible_options_are_refused_at_once_and_what_is_shown_is_kept(page, 
     assert stage["keep"]
 
 
-def test_beside_an_error_nothing_stays_of_another_photo(page, tmp_path):
-    upload = {"path": photo(tmp_path), "orig_name": "mine.jpg"}
+def test_beside_an_error_nothing_stays_of_another_photo(page):
     for answers in (
-        functions(page)["caption_upload"](upload, *fields(n_best=9)),
+        functions(page)["caption_upload"]({"path": upload(), "orig_name": "mine.jpg"}, *fields(n_best=9)),
         functions(page)["caption_example"](gr.EventData(None, {"index": 0}), *fields(n_best=9)),
     ):
         ((*_, stage, compared),) = answers
@@ -94,9 +106,11 @@ def test_an_example_is_chosen_by_its_place_and_no_path_is_taken_from_outside(pag
     answers = list(choose(gr.EventData(None, {"index": 0}), *fields()))
     assert answers[0][0][1] == "a_red-dog.jpg"
     assert len(answers[-1][1]["captions"][0]["words"]) == len(CELLS)
-    for index in (1, "/etc/passwd", None):
-        with pytest.raises((IndexError, TypeError)):
-            list(choose(gr.EventData(None, {"index": index}), *fields()))
+    hostile = [{"index": index} for index in (1, -1, 0.0, True, "0", "/etc/passwd", None, [0], {})]
+    for data in (*hostile, {}, None, [], "index"):
+        ((shown, stage, _),) = choose(gr.EventData(None, data), *fields())
+        assert shown == gr.skip()
+        assert stage["error"] == "There is no such example."
 
 
 def test_an_example_is_captioned_once_with_the_usual_options_and_every_time_with_others(tmp_path, monkeypatch):
@@ -127,6 +141,7 @@ def test_an_own_sentence_is_scored_for_the_photo_on_the_stage(page, tmp_path):
     assert answer["run"] == 11
     assert answer["scored"]["text"] == "a dog"
     assert "photo" in score(None, gr.EventData(None, {"sentence": "a dog"}))["error"]
+    assert "scored" in score((photo(tmp_path), "mine.jpg", 11), gr.EventData(None, {}))
 
 
 def test_other_models_are_captioned_after_the_pages_own_and_hidden_when_there_are_none(page, tmp_path):
@@ -162,8 +177,11 @@ def test_every_search_option_has_a_field_with_help(page):
     assert all(block.info for block in shown.values())
 
 
-def test_no_function_of_the_page_is_part_of_a_public_interface_yet(page):
-    assert {block.api_visibility for block in page.fns.values()} == {"private"}
+def test_the_public_interface_is_exactly_the_four_endpoints(page):
+    public = {block.api_name for block in page.fns.values() if block.api_visibility != "private"}
+    assert public == {"caption", "caption_batch", "score", "explain"}
+    assert set(page.get_api_info()["named_endpoints"]) == {f"/{name}" for name in public}
+    assert page.get_api_info()["unnamed_endpoints"] == {}
 
 
 def test_the_page_takes_photos_from_this_machine_only(page):
@@ -175,25 +193,6 @@ def test_gradio_reports_nothing_to_anyone(page):
     assert not page.analytics_enabled
 
 
-def test_models_are_compared_under_names_without_a_path(monkeypatch, tmp_path):
-    def keep(captioner, *, others, name, examples):
-        asked.append((captioner, others, name))
-        raise KeyboardInterrupt
-
-    asked = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    folders = [str(tmp_path / each / "model") for each in ("a", "b")]
-    monkeypatch.setattr(sys, "argv", ["app.py", "--port", port, "--compare", folders[0], "--compare", folders[1]])
-    monkeypatch.setattr(app.Captioner, "load", lambda source: source)
-    monkeypatch.setattr(app, "build_app", keep)
-    with pytest.raises(SystemExit):
-        app.main()
-    others = {"model (2)": folders[0], "model (3)": folders[1]}
-    assert asked == [(None, others, "The bundled model (1)")]
-
-
 @pytest.mark.parametrize("fault", ["model", "port"])
 def test_a_start_that_fails_says_why_in_one_line(tmp_path, monkeypatch, capsys, fault):
     with socket.socket() as taken:
@@ -202,7 +201,7 @@ def test_a_start_that_fails_says_why_in_one_line(tmp_path, monkeypatch, capsys, 
         value = {"model": str(tmp_path / "absent"), "port": str(taken.getsockname()[1])}[fault]
         monkeypatch.setattr(sys, "argv", ["app.py", f"--{fault}", value])
         if fault == "port":
-            monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
+            monkeypatch.setattr(Captioner, "load", lambda source: CAPTIONER)
         with pytest.raises(SystemExit) as stopped:
             app.main()
     assert stopped.value.code == 1
@@ -227,33 +226,9 @@ def test_an_impossible_port_is_one_line_and_status_2(monkeypatch, capsys, port, 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a b", "x" * 300])
 def test_an_impossible_host_is_one_line(monkeypatch, capsys, host):
     monkeypatch.setattr(sys, "argv", ["app.py", "--host", host])
-    monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
-    monkeypatch.setattr(app, "EXAMPLES", Path("absent"))
+    monkeypatch.setattr(Captioner, "load", lambda source: CAPTIONER)
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-
-
-def test_an_interrupt_closes_the_page_with_one_line_and_status_130(page, monkeypatch, capsys):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    closed = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setattr(sys, "argv", ["app.py", "--port", str(port)])
-    monkeypatch.setattr(app.Captioner, "load", lambda source: CAPTIONER)
-    monkeypatch.setattr(app, "build_app", lambda captioner, **options: page)
-    monkeypatch.setattr(app, "start", lambda page, host, port: "http://somewhere")
-    monkeypatch.setattr(page, "close", lambda verbose: closed.append(page))
-    monkeypatch.setattr(app, "_wait", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        app.main()
-    assert stopped.value.code == 130
-    shown = capsys.readouterr()
-    assert shown.err == "error: interrupted\n"
-    assert "http://somewhere" in shown.out
-    assert closed == [page]

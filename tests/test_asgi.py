@@ -471,6 +471,52 @@ def test_tools_are_handed_no_addresses(ask, app, address):
     )
 
 
+@pytest.mark.parametrize("path", ["/gradio_api/mcp/", "/gradio_api/mcp/sse", "/gradio_api/mcp/schema"])
+def test_tools_are_asked_for_a_key_where_there_are_users(service, uploads, app, ask, path):
+    import base64
+
+    guarded = ServiceMiddleware(app, service=service, uploads=uploads, users=[("me", "pass:word"), ("é", "x")])
+
+    def status(method, *authorization):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        headers = [(b"authorization", value) for value in authorization]
+        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 30))
+        return sent[0]["status"]
+
+    for method in ("GET", "POST"):
+        for wrong in ([], [b""], [b"Basic"], [b"Basic " + base64.b64encode(b"me:pass")], [b"Bearer x"], [b"\xff \xff"]):
+            assert status(method, *wrong) == 401
+        for user in ("me:pass:word", "é:x"):
+            assert status(method, b"basic " + base64.b64encode(user.encode())) == 200
+    assert ask("GET", path).status == 200  # where nobody need log in
+
+
+def test_before_a_page_without_a_service_everyone_is_let_in_within_limits(app, uploads):
+    door = asgi.OpenDoor()
+    assert door.ready
+    assert door.refusal() is None
+    assert ServiceMiddleware(app, service=door, uploads=uploads).max_body_bytes > door.limits.max_upload_bytes
+
+
+def test_a_tool_that_listens_is_not_waited_for(ask, service):
+    seen = []
+
+    async def listening(scope, receive, send):
+        seen.append(service.telemetry.http_open.value())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    ask("GET", "/gradio_api/mcp/sse", inner=listening)
+    assert seen == [0]
+
+
 # --- Stopping ---
 
 

@@ -16,8 +16,8 @@ import inspect
 import io
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from captioner.templates import alt_text
 DISPLAY_SIDE_PX = 1024
 MAX_BEAM_SIZE = 10
 MAX_SENTENCE = 500
+MAX_PHRASES = 50
 COLOUR_MAPS = ("viridis", "cividis", "magma", "inferno")
 """Perceptually even, and read the same way by people who are colour-blind (Nuñez et al. 2018)."""
 
@@ -42,10 +43,15 @@ Message = dict[str, Any]
 
 
 class Model(Protocol):
-    """What the page needs of a model; `captioner.Captioner` has it."""
+    """What the page and its API need of a model; `captioner.Captioner` and `captioner.service.Service` have it."""
 
     def caption(self, picture: Any, **options: Any) -> Caption:
         """Return the best caption, with its alternatives."""
+
+    def caption_batch(
+        self, pictures: Any, *, on_error: Literal["raise", "return"] = ..., **options: Any
+    ) -> Iterable[Caption | ImageError | SearchError]:
+        """Return for each picture its caption, or why it has none."""
 
     def stream(self, picture: Any, **options: Any) -> Iterator[Word]:
         """Give each word of a greedy caption as it is found."""
@@ -108,6 +114,10 @@ def search_options(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("beam_size", "n_best"):
         if options.get(name, 1) > MAX_BEAM_SIZE:
             raise ConfigError(f"{name} must be at most {MAX_BEAM_SIZE} on this page, got {options[name]}")
+    for name in ("must_include", "ban"):
+        phrases = options.get(name, ())
+        if len(phrases) > MAX_PHRASES or any(len(phrase) > MAX_SENTENCE for phrase in phrases):
+            raise ConfigError(f"{name} must be at most {MAX_PHRASES} phrases of {MAX_SENTENCE} characters on this page")
     return options
 
 
@@ -229,7 +239,7 @@ def tell(model: Model, path: str, name: str, options: Mapping[str, Any], *, run:
             yield {**message, "captions": [_words(words)]}
         captions = _captions(model, path, name, options)
     except CaptionerError as err:
-        yield {"run": run, "error": _said(err, path, name), "keep": not isinstance(err, ImageError)}
+        yield {"run": run, "error": said(err, path, name), "keep": not isinstance(err, ImageError)}
     else:
         yield {**message, "phase": "done", "captions": captions}
 
@@ -273,7 +283,7 @@ def tell_score(model: Model, path: str, name: str, sentence: str, *, run: int) -
     try:
         return {**answer, "scored": caption_values(model.score(path, sentence), name)}
     except CaptionerError as err:
-        return {**answer, "score_error": _said(err, path, name)}
+        return {**answer, "score_error": said(err, path, name)}
 
 
 def tell_compare(
@@ -299,13 +309,26 @@ def tell_compare(
         try:
             columns.append({"name": name, "captions": _captions(model, path, told["name"], options)})
         except CaptionerError as err:
-            columns.append({"name": name, "error": _said(err, path, told["name"])})
+            columns.append({"name": name, "error": said(err, path, told["name"])})
     if others:
         yield {**message, "models": columns}
 
 
-def _said(err: Exception, path: str, name: str) -> str:
-    return str(err).replace(path, name)
+def said(err: Exception, source: str | bytes, name: str) -> str:
+    """Return what an error says, with the photo called what its owner calls it: no path of this machine is shown.
+
+    Args:
+        err: of the photo at `source`.
+        source: path of the photo on this machine, or its bytes.
+        name: what the user calls the photo.
+
+    Returns:
+        The message.
+    """
+    shown = source if isinstance(source, str) else "<bytes>"
+    text = str(err).replace(shown, name)
+    # A very long path is shortened in messages, and would not be found.
+    return f"{name}: cannot be used; try another picture" if shown[:100] in text else text
 
 
 # --- Pictures and colours ---

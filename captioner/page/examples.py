@@ -66,7 +66,7 @@ class Examples:
             yield message
 
     def get_ready(self) -> None:
-        """Caption all of them, so that a click finds them ready."""
+        """Caption all of them, so that a click finds them ready; one that cannot be captioned says so when clicked."""
         for index in range(len(self.paths)):
             for _ in self.tell(index, self._usual, run=0):
                 pass

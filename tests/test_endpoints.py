@@ -1,0 +1,346 @@
+"""Laws of the four endpoints: what a client gets is what the library says, as gradio_client, curl and tools ask."""
+
+import asyncio
+import base64
+import contextlib
+import inspect
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import free_port
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import encode, gradient
+from PIL import Image
+from pointing import PointingCaptioner
+from served import API, ask, post, served, upload
+
+from captioner import ConfigError, ImageReadError, SearchOptions
+from captioner.endpoints import MAX_NAME, NAMES, Endpoints, client_name
+from captioner.page import MAX_PHRASES, MAX_SENTENCE
+from captioner.service import Service, ServiceLimits
+
+PNG = encode(gradient(), "PNG")
+OTHER = encode(gradient().rotate(180), "PNG")
+DATA = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+@pytest.fixture(scope="module")
+def url(tiny_captioner):
+    limits = ServiceLimits(max_pixels=1_000_000, max_queue=8)
+    with Service(tiny_captioner, limits=limits) as service, served(service, door=service) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def photo(url):
+    return {"path": upload(url, PNG, "my photo.png"), "orig_name": "my photo.png"}
+
+
+@pytest.fixture
+def endpoints(tmp_path):
+    return Endpoints(PointingCaptioner(), uploads=tmp_path)
+
+
+def same(record, wanted):
+    """Compare records whose numbers may differ by the rounding of another batch."""
+    if isinstance(wanted, dict):
+        return record.keys() == wanted.keys() and all(same(record[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(record) == len(wanted) and all(map(same, record, wanted))
+    return record == pytest.approx(wanted, rel=1e-4, abs=1e-5) if isinstance(wanted, float) else record == wanted
+
+
+# --- What is answered ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beam_size": 4, "n_best": 2, "min_words": 3},
+        {"method": "greedy", "max_words": 5},
+        {"method": "sample", "seed": 7, "temperature": 0.8, "top_k": 5},
+        {"must_include": ["red ball"], "ban": ["grass"], "beam_size": 5},
+    ],
+)
+def test_a_caption_is_the_librarys_record_with_the_name_that_its_owner_knows(url, photo, tiny_captioner, options):
+    answer = ask(url, "caption", image=photo, **options)
+    assert answer.kind == "complete"
+    assert same(answer.value, [tiny_captioner.caption(PNG, **options).to_record("my photo.png")])
+
+
+def test_a_batch_answers_in_order_and_names_what_failed(url, tiny_captioner):
+    files = {"a.png": PNG, "b.txt": b"no picture", "c.png": OTHER}
+    images = [{"path": upload(url, data, name), "orig_name": name} for name, data in files.items()]
+    ((first, bad, last),) = ask(url, "caption_batch", images=images, n_best=2).value
+    assert same(first, tiny_captioner.caption(PNG, n_best=2).to_record("a.png"))
+    assert same(last, tiny_captioner.caption(OTHER, n_best=2).to_record("c.png"))
+    assert (bad["image"], bad["caption"]) == ("b.txt", None)
+    assert bad["error"]["type"] == "ImageReadError"
+    assert bad["error"]["message"].startswith("b.txt: ")
+    assert bad.keys() == first.keys()
+    assert ask(url, "caption_batch", images=[]).value == [[]]
+
+
+def test_a_score_is_the_librarys(url, photo, tiny_captioner):
+    answer = ask(url, "score", image=photo, sentence="A dog runs.")
+    assert same(answer.value, [tiny_captioner.score(PNG, "A dog runs.").to_record("my photo.png")])
+
+
+@pytest.mark.parametrize("sentence", [None, "a man with the red ball"])
+def test_an_explanation_has_the_map_of_every_word(url, photo, tiny_captioner, sentence):
+    (answer,) = ask(url, "explain", image=photo, sentence=sentence).value
+    wanted = tiny_captioner.caption(PNG) if sentence is None else tiny_captioner.score(PNG, sentence)
+    assert same(answer["record"], wanted.to_record("my photo.png"))
+    assert answer["grid_hw"] == list(wanted.geometry.grid_hw)
+    assert answer["picture_hw_px"] == [40, 64]
+    assert answer["figure"] is None
+    assert [word["word"] for word in answer["words"]] == [word.text for word in wanted.words]
+    for told, word in zip(answer["words"], wanted.words, strict=True):
+        assert told["probability"] == pytest.approx(word.probability, rel=1e-4)
+        np.testing.assert_allclose(told["attention"], word.attention, rtol=1e-3, atol=1e-5)
+        assert np.sum(told["attention"]) == pytest.approx(1)
+
+
+def test_an_explanation_draws_its_figure_when_asked(url, photo):
+    (answer,) = ask(url, "explain", image=photo, figure=True).value
+    head, _, data = answer["figure"].partition(",")
+    assert head == "data:image/png;base64"
+    assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) > 100
+
+
+def test_a_call_by_places_is_answered_too(url, photo, tiny_captioner):
+    values = [photo, "beam", 2, *[None] * (len(SearchOptions().to_dict()) - 2)]
+    answer = ask(url, "caption", route="call", data=values)
+    assert same(answer.value, [tiny_captioner.caption(PNG, beam_size=2).to_record("my photo.png")])
+    direct = post(url, "run/score", {"data": [photo, "a dog"]})
+    assert same(direct.json()["data"], [tiny_captioner.score(PNG, "a dog").to_record("my photo.png")])
+
+
+def test_the_python_client_gets_the_same(url, tiny_captioner, tmp_path):
+    from gradio_client import Client, handle_file
+
+    (tmp_path / "red.png").write_bytes(PNG)
+    client = Client(url, verbose=False)
+    picture = handle_file(str(tmp_path / "red.png"))
+    record = client.predict(image=picture, beam_size=2, n_best=2, api_name="/caption")
+    assert same(record, tiny_captioner.caption(PNG, beam_size=2, n_best=2).to_record("red.png"))
+    (each, _) = client.predict([picture, picture], api_name="/caption_batch")
+    assert same(each, tiny_captioner.caption(PNG).to_record("red.png"))
+    assert client.predict(picture, "a dog", api_name="/score")["caption"] == "A dog."
+    assert client.predict(picture, "a dog", api_name="/explain")["grid_hw"] == [2, 2]
+    with pytest.raises(Exception, match="does not know 'zebra'"):
+        client.predict(picture, "a zebra", api_name="/score")
+
+
+def test_nothing_is_kept_of_a_call_that_is_over():
+    import app
+
+    model = PointingCaptioner()
+    page = app.build_app(model, examples=app.Examples(model, [], {}))
+    url = app.start(page, host="127.0.0.1", port=free_port()).rstrip("/")
+    try:
+        for _ in range(5):
+            assert ask(url, "score", image=DATA, sentence="a dog").kind == "complete"
+    finally:
+        page.close(verbose=False)
+    holder = page.app.state_holder
+    assert (len(holder.session_data), len(holder.time_last_used)) == (0, 0)
+
+
+# --- What is refused ---
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "kind", "message"),
+    [
+        ("caption", {"beam_size": 0}, "ConfigError", "beam_size must be"),
+        ("caption", {"beam_size": 11}, "ConfigError", "beam_size must be at most 10"),
+        ("caption", {"n_best": 9}, "ConfigError", "n_best must not exceed beam_size"),
+        ("caption", {"method": "magic"}, "ConfigError", "method must be"),
+        ("caption", {"ban": ["a"] * (MAX_PHRASES + 1)}, "ConfigError", "ban must be at most"),
+        ("caption", {"must_include": ["zebra"]}, "SearchError", "does not know 'zebra'"),
+        ("caption_batch", {"beam_size": 0, "images": []}, "ConfigError", "beam_size must be"),
+        ("score", {"sentence": "a zebra"}, "SearchError", "does not know 'zebra'"),
+        ("score", {"sentence": ""}, "SearchError", "at least one word"),
+        ("score", {"sentence": 7}, "SearchError", "must be a text"),
+        ("score", {"sentence": "a " * MAX_SENTENCE}, "SearchError", "too long"),
+        ("explain", {"sentence": "a dog", "n_best": 2}, "ConfigError", "leave out n_best"),
+        ("explain", {"figure": "yes"}, "ConfigError", "figure must be"),
+        ("caption", {"image": None}, "ImageReadError", "upload a file"),
+        ("caption", {"image": {}}, "ImageReadError", "upload a file"),
+        ("caption", {"image": "cat.jpg"}, "ImageReadError", "must begin with data:"),
+        ("caption", {"image": "data:image/png;base64,***"}, "ImageReadError", "not valid base64"),
+        ("caption", {"image": "data:image/png;base64,AAAA"}, "ImageReadError", "picture: "),
+        ("caption_batch", {"images": "cat.jpg"}, "ConfigError", "images must be a list"),
+        ("caption_batch", {"images": [DATA] * 9}, "ConfigError", "at most 8 pictures per request"),
+    ],
+    ids=str,
+)
+def test_a_fault_of_the_client_is_one_message_of_the_library(url, photo, endpoint, values, kind, message):
+    picture = {} if endpoint == "caption_batch" else {"image": photo}
+    answer = ask(url, endpoint, **{**picture, **values})
+    assert answer.kind == "error"
+    assert answer.value["title"] == kind
+    assert message in answer.value["error"]
+    assert "/" not in answer.value["error"].replace("image/jpeg", "")
+
+
+def test_a_bad_picture_is_named_and_no_path_is_shown(url):
+    large = encode(Image.new("1", (2000, 600)), "PNG")
+    for data, kind in ((b"no picture", "ImageReadError"), (PNG[:60], "ImageReadError"), (large, "ImageTooLargeError")):
+        for name in ("mine.png", "x" * 400 + ".png"):
+            answer = ask(url, "caption", image={"path": upload(url, data, name[-200:]), "orig_name": name})
+            assert answer.value["title"] == kind
+            assert answer.value["error"].startswith(name[:MAX_NAME])
+            assert "captioner-uploads" not in answer.value["error"]
+    text = f"data:image/png;base64,{base64.b64encode(large).decode()}"
+    assert ask(url, "caption", image=text).value["title"] == "ImageTooLargeError"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("caption", {"picture": DATA}),
+        ("caption", {}),
+        ("caption", {"image": DATA, "beam": 3}),
+        ("score", {"image": DATA}),
+        ("nothing", {"image": DATA}),
+    ],
+    ids=str,
+)
+def test_a_call_with_other_names_is_told_so(url, endpoint, body):
+    answer = post(url, f"call/v2/{endpoint}", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "BadRequest"
+
+
+def test_a_fault_of_ours_is_said_without_a_trace_and_logged(caplog):
+    class Broken(PointingCaptioner):
+        def caption(self, picture, **options):
+            raise ZeroDivisionError("a secret of the server")
+
+    with served(Broken()) as url:
+        answer = ask(url, "caption", image={"path": upload(url, PNG)})
+    assert answer.kind == "error"
+    assert "secret" not in str(answer.value)
+    assert "try again" in answer.value["error"]
+    assert "a secret of the server" in caplog.text
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(sorted(SearchOptions().to_dict())), ANYTHING)
+def test_whatever_an_option_is_it_is_taken_or_refused_in_words(name, value):
+    endpoints = Endpoints(PointingCaptioner(), uploads=Path("/nowhere"))
+    with contextlib.suppress(ConfigError):
+        json.dumps(endpoints.caption(DATA, **{name: value}))
+
+
+@settings(max_examples=200)
+@given(ANYTHING)
+def test_whatever_an_image_is_it_is_refused_in_words(value):
+    endpoints = Endpoints(PointingCaptioner(), uploads=Path("/nowhere"))
+    for given_path in (value, {"path": value}, {"path": "/nowhere/x", "orig_name": value}):
+        with pytest.raises(ImageReadError):
+            endpoints.caption(given_path)
+
+
+@given(st.text() | st.integers() | st.none())
+def test_a_name_is_one_line_of_valid_text_without_a_folder(given_name):
+    name = client_name(given_name, "/uploads/ab/photo.png")
+    assert 1 <= len(name) <= MAX_NAME
+    assert name.isprintable()
+    assert "/" not in name
+    assert "\\" not in name
+    name.encode()
+
+
+# --- What is said of them ---
+
+
+def test_every_parameter_has_a_type_and_a_line_of_help(endpoints):
+    for name, function in endpoints.functions().items():
+        parameters = inspect.signature(function).parameters
+        assert function.__name__ == name
+        assert all(name in function.__annotations__ for name in parameters)
+        lines = [line.strip().partition(": ") for line in function.__doc__.splitlines()]
+        assert {line[0] for line in lines if line[2]} >= set(parameters)
+    assert tuple(endpoints.functions()) == NAMES
+
+
+def test_all_search_options_are_parameters_where_there_is_a_search(endpoints):
+    options = set(SearchOptions().to_dict())
+    functions = endpoints.functions()
+    for name in ("caption", "caption_batch", "explain"):
+        assert options < set(inspect.signature(functions[name]).parameters)
+    assert list(inspect.signature(functions["score"]).parameters) == ["image", "sentence"]
+
+
+# --- Tools ---
+
+
+def use_tools(url, *calls, headers=None):
+    """Return the tools and what the calls answered."""
+    mcp = pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def run():
+        async with (
+            streamablehttp_client(f"{url}{API}/mcp/", headers=headers) as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            return tools, [await session.call_tool(name, values) for name, values in calls]
+
+    return asyncio.run(run())
+
+
+def test_tools_are_the_endpoints_and_answer_in_json(tiny_captioner):
+    pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
+    with Service(tiny_captioner) as service, served(service, door=service, mcp=True) as url:
+        tools, answers = use_tools(
+            url,
+            ("caption", {"image": DATA, "n_best": 2}),
+            ("caption_batch", {"images": [DATA, "data:image/png;base64,AAAA"]}),
+            ("explain", {"image": DATA, "sentence": "a dog"}),
+            ("score", {"image": DATA, "sentence": "a zebra"}),
+            ("score", {"image": "/etc/passwd", "sentence": "a dog"}),
+        )
+    assert {tool.name for tool in tools} == set(NAMES)
+    for tool in tools:
+        assert tool.description
+        assert all(value["description"] for value in tool.inputSchema["properties"].values())
+    caption, batch, explained = (json.loads(answer.content[0].text) for answer in answers[:3])
+    assert same(caption, tiny_captioner.caption(PNG, n_best=2).to_record("picture"))
+    assert [record["error"] is None for record in batch] == [True, False]
+    assert [word["word"] for word in explained["words"]] == ["A", "dog"]
+    assert [answer.isError for answer in answers] == [False, False, False, True, True]
+    assert "does not know 'zebra'" in answers[3].content[0].text
+
+
+def test_behind_a_login_tools_need_user_and_password():
+    pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
+    call = ("score", {"image": DATA, "sentence": "a dog"})
+    wrong = [None, "Basic", "Basic bWU6", "Basic " + base64.b64encode(b"me:wrong").decode(), "Bearer me:secret"]
+    right = {"Authorization": "Basic " + base64.b64encode(b"me:secret").decode()}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    with served(PointingCaptioner(), mcp=True, users=[("me", "secret")]) as url:
+        for given_header in wrong:
+            headers = {} if given_header is None else {"Authorization": given_header}
+            answer = post(url, "mcp/", message, headers={**headers, "Accept": "application/json, text/event-stream"})
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"].startswith("Basic")
+        _, (answer,) = use_tools(url, call, headers=right)
+    assert json.loads(answer.content[0].text)["caption"] == "a dog"
