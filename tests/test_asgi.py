@@ -11,6 +11,7 @@ import urllib.request
 from types import SimpleNamespace
 from urllib.parse import quote
 
+import loops
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ def ask(app, service, uploads):
             "headers": [*known, (b"host", b"here:7860"), *headers],
         }
         scope["root_path"] = root
-        asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 30))
+        loops.run(asyncio.wait_for(middleware(scope, receive, send), 30))
         starts = [message for message in sent if message["type"] == "http.response.start"]
         assert len(starts) <= 1
         return SimpleNamespace(
@@ -241,8 +242,8 @@ def test_a_body_that_never_ends_times_out(ask, app, monkeypatch):
         await asyncio.wait_for(ask.middleware(scope, never, send), 30)
         return sent[0]["status"]
 
-    assert asyncio.run(run("/gradio_api/call/caption")) == 408
-    assert asyncio.run(run("/gradio_api/upload")) == 408
+    assert loops.run(run("/gradio_api/call/caption")) == 408
+    assert loops.run(run("/gradio_api/upload")) == 408
 
 
 def test_a_client_that_leaves_in_the_middle_gets_no_answer(ask, app):
@@ -256,7 +257,7 @@ def test_a_client_that_leaves_in_the_middle_gets_no_answer(ask, app):
         scope = {"type": "http", "method": "POST", "path": "/gradio_api/call/caption", "headers": []}
         await asyncio.wait_for(ask.middleware(scope, receive, send), 30)
 
-    asyncio.run(run())
+    loops.run(run())
     assert app.bodies == []
 
 
@@ -322,7 +323,7 @@ def test_there_are_no_websockets(ask, app):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(ask.middleware({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
+    loops.run(ask.middleware({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
@@ -488,7 +489,7 @@ def test_tools_are_asked_for_a_key_where_there_are_users(service, uploads, app, 
 
         headers = [(b"authorization", value) for value in authorization]
         scope = {"type": "http", "method": method, "path": path, "headers": headers}
-        asyncio.run(asyncio.wait_for(guarded(scope, receive, send), 30))
+        loops.run(asyncio.wait_for(guarded(scope, receive, send), 30))
         return sent[0]["status"]
 
     for method in ("GET", "POST"):

@@ -1,6 +1,5 @@
 """Laws of the four endpoints: what a client gets is what the library says, as gradio_client, curl and tools ask."""
 
-import asyncio
 import base64
 import contextlib
 import inspect
@@ -8,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import loops
 import numpy as np
 import pytest
 from browser import free_port
@@ -304,7 +304,7 @@ def use_tools(url, *calls, headers=None):
             tools = (await session.list_tools()).tools
             return tools, [await session.call_tool(name, values) for name, values in calls]
 
-    return asyncio.run(run())
+    return loops.run(run())
 
 
 def test_tools_are_the_endpoints_and_answer_in_json(tiny_captioner):
