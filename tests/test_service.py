@@ -374,11 +374,12 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make, captioner
 def test_a_batch_is_admitted_whole_or_not_at_all(make, captioner):
     service = make(max_queue=3)
     held(service, captioner)
-    service.submit(picture(1))
+    waiting = service.submit(picture(1))
     with pytest.raises(ServiceBusyError):
         service.caption_batch([picture(number) for number in range(3)])
     assert service.waiting == 1
     captioner.door.set()
+    answer(waiting)
     assert service.caption_batch([picture(number) for number in range(3)]) == [("0", 3), ("1", 3), ("2", 3)]
 
 
