@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 from batch_runs import make_pictures
+from command import run
 from rich.console import Console
-from typer.testing import CliRunner
 
 from captioner import ImageReadError, SearchOptions
 from captioner.batch import Progress
 from captioner.cli import app
 from captioner.progress import BarDisplay, LineDisplay, duration, make_display
 
-RUNNER = CliRunner()
 COUNT, BAD = 7, (2,)
 
 
@@ -41,15 +40,6 @@ def batch(model):
         return run("batch", *arguments, *options)
 
     return call
-
-
-def run(*arguments):
-    """Run the command line in this process; whatever is not an exit of its own fails the test."""
-    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "Traceback" not in result.stderr
-    return result
 
 
 def command_of(name):

@@ -13,24 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captions import everything
+from command import run
 from PIL import Image
-from typer.testing import CliRunner
 
 import captioner as package
 from captioner import SearchOptions
 from captioner.cli import app
 
-RUNNER = CliRunner()
 FULL = Path("/dev/full")
-
-
-def run(*arguments):
-    """Run the command line in this process; whatever is not an exit of its own fails the test."""
-    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "Traceback" not in result.stderr
-    return result
 
 
 def process(*arguments, **settings):

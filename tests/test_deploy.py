@@ -7,12 +7,12 @@ import http.client
 import json
 import re
 import shlex
-import signal
 import socket
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+import rays
 from pictures import EXAMPLES
 
 from captioner import Captioner, ConfigError
@@ -55,15 +55,7 @@ def call(ray, model):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-    )
-    signal.signal(signal.SIGTERM, handler)  # Ray sets its own
+    rays.start(ray)
     settings = {"model": str(model), "device": "cpu", "max_upload_bytes": str(LIMIT), "max_replicas": "1"}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rays
 from batch_runs import Deadly, make_pictures
 
 from captioner import Captioner, ConfigError, ImageReadError
@@ -33,15 +34,7 @@ def cluster():
 
 
 def _started(ray):
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-    )
-    signal.signal(signal.SIGTERM, handler)  # Ray sets its own
+    rays.start(ray)
     try:
         yield
     finally:
