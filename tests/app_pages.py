@@ -1,8 +1,10 @@
 """A page that is served, and a browser that visits it: fixtures shared by the tests of the page.
 
-A plugin of pytest: the test files name it in `pytest_plugins`. One server and one browser serve them all.
+A plugin of pytest: the test files name it in `pytest_plugins`. One browser serves them all, and one server those that
+hold nothing back.
 """
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -16,26 +18,34 @@ WAIT_S = TIMEOUT_MS / 1000
 
 
 class Gate:
-    """Holds back what a model finds, one thing after another, from `close` to `open`."""
+    """Holds back what a model finds, one thing after another, until it is opened."""
 
     def __init__(self):
-        self._tickets = None
+        self._tickets = threading.Semaphore(0)
+        self._opened = False
 
     def __call__(self, picture):
-        tickets = self._tickets
-        if tickets is not None and not tickets.acquire(timeout=WAIT_S):
+        if not self._opened and not self._tickets.acquire(timeout=WAIT_S):
             raise TimeoutError("the test has let nothing through")
-
-    def close(self):
-        self._tickets = threading.Semaphore(0)
 
     def let_through(self, things):
         self._tickets.release(things)
 
     def open(self):
-        if self._tickets is not None:
-            self._tickets, tickets = None, self._tickets
-            tickets.release(1000)  # whoever still waits
+        self._opened = True
+        self._tickets.release(1000)  # whoever still waits
+
+
+@contextlib.contextmanager
+def opened(examples, captioner):
+    """Serve a page with two models; yield its url."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "EXAMPLES", examples)
+        page, url = serve(captioner, others={"another model": PointingCaptioner()}, name="this model")
+    try:
+        yield url
+    finally:
+        page.close(verbose=False)
 
 
 @pytest.fixture(scope="session")
@@ -53,20 +63,24 @@ def examples(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def site(browser, examples):
-    """A page with two models, its url and its gate."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "EXAMPLES", examples)
-        gate = Gate()
-        captioner = PointingCaptioner(confidence=0.08, gate=gate)
-        page, url = serve(captioner, others={"another model": PointingCaptioner()}, name="this model")
-    yield SimpleNamespace(url=url, gate=gate)
-    page.close(verbose=False)
+def url(browser, examples):
+    with opened(examples, PointingCaptioner(confidence=0.08)) as url:
+        yield url
 
 
-@pytest.fixture(scope="session")
-def url(site):
-    return site.url
+@pytest.fixture
+def gated(browser, examples):
+    """A page whose model waits at a gate: its url and the gate.
+
+    Each test has a page of its own. At a gate that tests share, a run that one of them left behind goes on, and would
+    take what the next one lets through. It is to be asked for before `visit`, so that the browser leaves first.
+    """
+    gate = Gate()
+    with opened(examples, PointingCaptioner(confidence=0.08, gate=gate)) as url:
+        try:
+            yield SimpleNamespace(url=url, gate=gate)
+        finally:
+            gate.open()
 
 
 @pytest.fixture(scope="session")

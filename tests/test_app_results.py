@@ -21,16 +21,9 @@ def texts(page):
     return [each.text_content() for each in page.locator(".stage .words button b").all()]
 
 
-@pytest.fixture
-def gate(site):
-    site.gate.close()
-    yield site.gate
-    site.gate.open()
-
-
 @pytest.mark.parametrize("width", [390, 1280])
-def test_words_appear_as_they_are_found_and_the_best_replaces_them_without_a_jump(url, visit, tmp_path, gate, width):
-    page = visit(url, width=width)
+def test_words_appear_as_they_are_found_and_the_best_replaces_them_without_a_jump(gated, visit, tmp_path, width):
+    page, gate = visit(gated.url, width=width), gated.gate
     upload(page, save_photo(tmp_path / "photo.jpg", WIDE))
     page.wait_for_function("() => document.querySelector('.stage .frame img').naturalWidth > 0")
     assert texts(page) == []
@@ -52,8 +45,8 @@ def test_words_appear_as_they_are_found_and_the_best_replaces_them_without_a_jum
     assert "<i>Caption</i> 1." in page.text_content("[data-part=live]")
 
 
-def test_a_word_that_is_chosen_while_others_come_stays_chosen(url, visit, tmp_path, gate):
-    page = visit(url)
+def test_a_word_that_is_chosen_while_others_come_stays_chosen(gated, visit, tmp_path):
+    page, gate = visit(gated.url), gated.gate
     upload(page, save_photo(tmp_path / "photo.jpg", WIDE))
     gate.let_through(1)
     word(page, FIRST_READING[0]).click()
@@ -63,8 +56,8 @@ def test_a_word_that_is_chosen_while_others_come_stays_chosen(url, visit, tmp_pa
     assert page.is_visible(".stage .frame canvas")
 
 
-def test_of_two_photos_the_later_stays(url, visit, tmp_path, gate):
-    page = visit(url)
+def test_of_two_photos_the_later_stays(gated, visit, tmp_path):
+    page, gate = visit(gated.url), gated.gate
     upload(page, save_photo(tmp_path / "slow.jpg", WIDE))
     page.wait_for_selector(".stage .frame img[src]")
     gate.let_through(1)
