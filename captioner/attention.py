@@ -40,41 +40,6 @@ class GridMemory:
         return exact_div(rows, self.keys.shape[0])
 
 
-class PictureRows:
-    """Which picture each row of a state looks at, kept so that pictures are shared and not copied.
-
-    Args:
-        pictures: number of pictures in memory.
-        rows: number of rows; the first rows / pictures of them look at the first picture, and so on.
-    """
-
-    def __init__(self, pictures: int, rows: int) -> None:
-        self.pictures = pictures
-        self.per_picture = exact_div(rows, pictures) if pictures else 0
-
-    def select(self, index_N: Tensor) -> tuple[Tensor | None, PictureRows]:
-        """Select rows.
-
-        Args:
-            index_N: int64, rows of the present order.
-
-        Returns:
-            The pictures that the memory must be reduced to (None: all, as they are), and the new order.
-        """
-        picture_N = index_N // max(self.per_picture, 1)
-        present, count = torch.unique_consecutive(picture_N, return_counts=True)
-        even = bool((count == count[0]).all()) if len(count) else True
-        if not even:  # some pictures have more rows than others: every row gets a picture of its own
-            present, rows_each = picture_N, 1
-        else:
-            rows_each = int(count[0]) if len(count) else 0
-        chosen = PictureRows(len(present), len(present) * rows_each)
-        unchanged = len(present) == self.pictures and bool(
-            (present == torch.arange(self.pictures, device=present.device)).all()
-        )
-        return (None if unchanged else present), chosen
-
-
 class AdditiveAttention(nn.Module):
     """Soft attention, scored by a one-layer network (Bahdanau et al. 2015; Xu et al. 2015, eq. 4 to 6, 13).
 
@@ -150,11 +115,11 @@ class MultiHeadAttention(nn.Module):
         Returns:
             output_NTD, and weights_NHTP, float32, non-negative, each row of P sums to 1.
         """
-        read_NTD, weights_NHTP = self.read(self.query(state_NTD), memory)
+        read_NTD, weights_NHTP = self.read_rows(self.query(state_NTD), memory)
         output_NTD = self.output(read_NTD)
         return output_NTD, weights_NHTP
 
-    def read(self, query_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+    def read_rows(self, query_NTD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
         """Read the grid with queries that are projected already; the output is not yet.
 
         Args:
@@ -166,10 +131,24 @@ class MultiHeadAttention(nn.Module):
         """
         rows_N, steps, dim = query_NTD.shape
         pictures, rows_R = memory.keys.shape[0], memory.rows_per_picture(rows_N)
-        # The rows of a picture are only more queries to the same keys: [B, H, R * T, D].
-        query = query_NTD.reshape(pictures, -1, self.heads, self.head_dim).transpose(1, 2)
+        # The rows of a picture are only more queries to the same keys.
+        read_BQD, weights_BHQP = self.read(query_NTD.reshape(pictures, rows_R * steps, dim), memory)
+        weights_BHRTP = weights_BHQP.view(pictures, self.heads, rows_R, steps, -1)
+        return read_BQD.reshape(rows_N, steps, dim), weights_BHRTP.transpose(1, 2).flatten(0, 1)
+
+    def read(self, query_BQD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+        """Read the grid with any number Q of projected queries to each picture; the output is not projected yet.
+
+        Args:
+            query_BQD: queries.
+            memory: of the pictures, from `remember`.
+
+        Returns:
+            read_BQD, the heads side by side, and weights_BHQP, float32, non-negative, each row of P sums to 1.
+        """
+        pictures, queries, _ = query_BQD.shape
+        query = query_BQD.view(pictures, queries, self.heads, self.head_dim).transpose(1, 2)
         scores = (query * self.head_dim**-0.5) @ memory.keys.transpose(-2, -1)
         weights = scores.float().softmax(dim=-1)
-        read = (self.dropout(weights.to(memory.values.dtype)) @ memory.values).transpose(1, 2)
-        weights_BHRTP = weights.unflatten(2, (rows_R, steps))
-        return read.reshape(rows_N, steps, dim), weights_BHRTP.transpose(1, 2).flatten(0, 1)
+        read = self.dropout(weights.to(memory.values.dtype)) @ memory.values
+        return read.transpose(1, 2).flatten(2), weights

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captioner.attention import AdditiveAttention, GridMemory, MultiHeadAttention, PictureRows
+from captioner.attention import AdditiveAttention, GridMemory, MultiHeadAttention
 from captioner.errors import ConfigError
+from captioner.rows import PictureRows
 
 close = torch.testing.assert_close
 CELLS, DIM = 6, 16
@@ -157,8 +158,8 @@ def test_every_row_finds_its_own_picture_after_any_selections(data):
     for _ in range(data.draw(st.integers(1, 4))):
         chosen = data.draw(st.lists(st.integers(0, len(picture_of_row) - 1), max_size=8))
         picture_of_row = [picture_of_row[row] for row in chosen]
-        kept, rows = rows.select(torch.tensor(chosen, dtype=torch.int64))
-        memory = memory if kept is None else memory.select(kept)
+        kept, rows = rows.select(np.array(chosen, dtype=np.int64))
+        memory = memory if kept is None else memory.select(torch.from_numpy(kept))
         assert len(memory.keys) == len(memory.values) == rows.pictures
         assert rows.pictures * rows.per_picture == len(picture_of_row)
         found = memory.keys[:, 0].repeat_interleave(rows.per_picture).tolist()
@@ -176,7 +177,7 @@ def test_a_beam_never_copies_a_picture(pictures, widths, data):
     for new in widths:
         slots = data.draw(st.lists(st.integers(0, width - 1), min_size=pictures * new, max_size=pictures * new))
         chosen = [(row // new) * width + slot for row, slot in enumerate(slots)]
-        kept, rows = rows.select(torch.tensor(chosen))
+        kept, rows = rows.select(np.array(chosen))
         assert kept is None
         assert (rows.pictures, rows.per_picture) == (pictures, new)
         width = new

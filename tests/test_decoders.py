@@ -134,11 +134,21 @@ def test_a_smaller_cache_gives_the_same(decoder):
 def test_the_cache_is_allocated_once():
     decoder, tokens = make_decoder("multihead"), random_tokens(2, 4)
     state = decoder.start(random_grid(2), max_tokens=4)
-    places = state.keys.data_ptr(), state.values.data_ptr()
-    assert state.keys.shape[3] == 4
+    places = [cache.data_ptr() for cache in (*state.keys, *state.values)]
+    assert all(cache.shape[2] == 4 for cache in (*state.keys, *state.values))
     for step in range(4):
         state = decoder.step(tokens[:, step], state)[2]
-        assert (state.keys.data_ptr(), state.values.data_ptr()) == places
+        assert [cache.data_ptr() for cache in (*state.keys, *state.values)] == places
+
+
+def test_a_beam_is_reordered_without_copying_its_words():
+    decoder = make_decoder("multihead")
+    state = decoder.start(random_grid(3), max_tokens=8).with_room(40)
+    places = [cache.data_ptr() for cache in (*state.keys, *state.values)]
+    for order in (repeated(3, 4), torch.tensor([3, 3, 0, 1, 4, 5, 6, 7, 11, 8, 8, 8]), torch.tensor([0, 4, 8])):
+        state = decoder.step(random_tokens(len(order), 1)[:, 0], state.select(order))[2]
+        assert [cache.data_ptr() for cache in (*state.keys, *state.values)] == places
+    assert state.slots == 4 + 4 + 1
 
 
 @pytest.mark.parametrize("limit", [1, 3, MAX_TOKENS, None])
@@ -419,7 +429,7 @@ def test_self_attention_in_training_drops_each_weight_at_the_given_rate():
     alike, units = torch.zeros(50, 1, steps, 32), torch.eye(steps).expand(50, 1, -1, -1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        last = attention.read(alike, alike, units, mask=None)[:, -1]
+        last = attention.read(alike, alike, units)[:, -1]
     dropped = (last == 0).double()
     close(last[last != 0], torch.full_like(last[last != 0], 1 / steps / 0.75), rtol=1e-5, atol=0)
     # Six standard deviations of a binomial.

@@ -5,9 +5,24 @@ learned linear combination of all grid positions, chosen anew for every word; `m
 many such combinations at once, with queries, keys and values.
 """
 
-from captioner.decoders.additive import AdditiveDecoder
-from captioner.decoders.mean import MeanDecoder
-from captioner.decoders.multihead import MultiheadDecoder
+from typing import TYPE_CHECKING, Any
+
 from captioner.decoders.protocol import Decoder, DecoderState
 
+if TYPE_CHECKING:
+    from captioner.decoders.additive import AdditiveDecoder
+    from captioner.decoders.mean import MeanDecoder
+    from captioner.decoders.multihead import MultiheadDecoder
+
 __all__ = ["AdditiveDecoder", "Decoder", "DecoderState", "MeanDecoder", "MultiheadDecoder"]
+
+# What needs torch comes in when it is first asked for: the protocol does without.
+_LATER = {"AdditiveDecoder": "additive", "MeanDecoder": "mean", "MultiheadDecoder": "multihead"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

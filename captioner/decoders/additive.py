@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import AdditiveAttention, PictureRows
+from captioner.attention import AdditiveAttention
 from captioner.decoders.protocol import checked_steps
 from captioner.decoders.recurrent import RecurrentState, repeat_rows
 from captioner.dropout import Dropout
+from captioner.rows import PictureRows
 
 
 class AdditiveDecoder(nn.Module):

@@ -7,6 +7,8 @@ model.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,48 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from captioner.attention import GridMemory, MultiHeadAttention, PictureRows
+from captioner.attention import GridMemory, MultiHeadAttention
+from captioner.decoders.multihead_state import MultiheadState, StepOutput
 from captioner.decoders.protocol import checked_steps, count_down
+from captioner.decoders.self_attention import CausalSelfAttention, Past
 from captioner.dropout import Dropout
 from captioner.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class MultiheadState:
-    """State of the transformer decoder; see `DecoderState`.
-
-    Args:
-        keys: of the words so far, [L, N, H, T, D per head]; allocated once, T the most steps that will be
-            taken.
-        values: likewise.
-        position: int64 scalar, the number of tokens read.
-        steps_left: how many more steps the caches have room for.
-        attention_heads_BLHP: of the last step; before the first, no row.
-        memories: the pictures, one memory per layer, shared by their rows.
-        rows: which row looks at which picture.
-    """
-
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    steps_left: int
-    attention_heads_BLHP: Tensor
-    memories: tuple[GridMemory, ...]
-    rows: PictureRows
-
-    def select(self, index_N: Tensor) -> MultiheadState:
-        """Return the state of the named rows; see `DecoderState.select`."""
-        pictures, rows = self.rows.select(index_N)
-        stepped = self.attention_heads_BLHP.shape[0] > 0
-        return MultiheadState(
-            keys=self.keys.index_select(1, index_N),
-            values=self.values.index_select(1, index_N),
-            position=self.position,
-            steps_left=self.steps_left,
-            attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
-            memories=self.memories if pictures is None else tuple(memory.select(pictures) for memory in self.memories),
-            rows=rows,
-        )
+from captioner.rows import PictureRows
 
 
 @dataclass(frozen=True)
@@ -87,61 +54,6 @@ class Places:
         return values if self.index_R is None else values.index_select(0, self.index_R)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention of a sequence over its own past (Vaswani et al. 2017, section 3.2.3).
-
-    Args:
-        dim: width of the model.
-        heads: number of heads; must divide `dim`.
-        dropout: probability of dropping a weight, in training.
-    """
-
-    def __init__(self, *, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = Dropout(dropout)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.output = nn.Linear(dim, dim)
-
-    def split(self, projected_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each [N, H, T, D per head], of what `query_key_value` gave."""
-        rows_N, steps, width = projected_NTE.shape
-        split = projected_NTE.reshape(rows_N, steps, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
-        return split[0], split[1], split[2]
-
-    def read(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
-        """Attend; without a mask, causally.
-
-        Args:
-            query: [N, H, T, D per head].
-            key: [N, H, U, D per head].
-            value: [N, H, U, D per head].
-            mask: bool, True where a key may be seen, or None for a causal mask.
-
-        Returns:
-            [N, T, D], the heads side by side, not yet projected.
-        """
-        read: Tensor
-        if self.training and query.device.type == "cpu":
-            read = self._read_with_dropout(query, key, value, mask=mask)
-        else:
-            probability = self.dropout.p if self.training else 0.0
-            read = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=probability, is_causal=mask is None
-            )
-        return read.transpose(1, 2).flatten(2)
-
-    def _read_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
-        # With dropout, scaled_dot_product_attention has no kernel for a CPU: it multiplies in float32 and draws a
-        # whole random number for each weight.
-        if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
-        weights: Tensor = self.dropout(scores.softmax(dim=-1).to(value.dtype))
-        return weights @ value
-
-
 class Block(nn.Module):
     """One pre-norm block: words among themselves, words over the grid, feed-forward (Xiong et al., fig. 1b).
 
@@ -168,45 +80,38 @@ class Block(nn.Module):
         """Run whole sequences; returns state_RD and the grid attention weights_NHTP, of use at the places alone."""
         attention = self.self_attention
         query, key, value = attention.split(places.pad(attention.query_key_value(self.norm_self(state_RD))))
-        return self._finish(state_RD, attention.read(query, key, value, mask=None), memory, places)
+        state_RD = self._after_self(state_RD, places.pick(attention.read(query, key, value)))
+        query_RD = self.grid_attention.query(self.norm_grid(state_RD))
+        looked_NTD, weights_NHTP = self.grid_attention.read_rows(places.pad(query_RD), memory)
+        return self._after_grid(state_RD, places.pick(looked_NTD)), weights_NHTP
 
-    def step(
-        self,
-        state_ND: Tensor,
-        memory: GridMemory,
-        *,
-        keys: Tensor,
-        values: Tensor,
-        position: Tensor,
-        seen: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Run one step and write its key and value into the cache, in place.
+    def step(self, state_BRD: Tensor, memory: GridMemory, past: Past) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run one step of R rows per picture.
 
         Args:
-            state_ND: the new token.
+            state_BRD: the new token of every row.
             memory: of the pictures.
-            keys: cache [N, H, T, D per head].
-            values: cache, likewise.
-            position: int64 scalar, where the token stands.
-            seen: bool [T], True for this token and those before it.
+            past: of the rows.
 
         Returns:
-            state_ND and the grid attention weights_NH1P.
+            state_BRD, the grid attention weights_BHRP, and key and value of the new tokens, [B, H, R, D per head].
         """
-        attention, places = self.self_attention, Places(len(state_ND), 1, None)
-        query, key, value = attention.split(attention.query_key_value(self.norm_self(state_ND))[:, None])
-        keys.index_copy_(2, position.view(1), key.to(keys.dtype))
-        values.index_copy_(2, position.view(1), value.to(values.dtype))
-        read_N1D = attention.read(query, keys.to(query.dtype), values.to(query.dtype), mask=seen)
-        return self._finish(state_ND, read_N1D, memory, places)
+        attention = self.self_attention
+        query, key, value = attention.split(attention.query_key_value(self.norm_self(state_BRD)))
+        state_BRD = self._after_self(state_BRD, attention.read_past(query, key, value, past))
+        looked_BRD, weights_BHRP = self.grid_attention.read(
+            self.grid_attention.query(self.norm_grid(state_BRD)), memory
+        )
+        return self._after_grid(state_BRD, looked_BRD), weights_BHRP, key, value
 
-    def _finish(self, state_RD: Tensor, read_NTD: Tensor, memory: GridMemory, places: Places) -> tuple[Tensor, Tensor]:
-        state_RD = state_RD + self.dropout(self.self_attention.output(places.pick(read_NTD)))
-        query_RD = self.grid_attention.query(self.norm_grid(state_RD))
-        looked_NTD, weights_NHTP = self.grid_attention.read(places.pad(query_RD), memory)
-        state_RD = state_RD + self.dropout(self.grid_attention.output(places.pick(looked_NTD)))
-        state_RD = state_RD + self.dropout(self.feedforward(self.norm_feedforward(state_RD)))
-        return state_RD, weights_NHTP
+    def _after_self(self, state: Tensor, read: Tensor) -> Tensor:
+        after: Tensor = state + self.dropout(self.self_attention.output(read))
+        return after
+
+    def _after_grid(self, state: Tensor, looked: Tensor) -> Tensor:
+        state = state + self.dropout(self.grid_attention.output(looked))
+        after: Tensor = state + self.dropout(self.feedforward(self.norm_feedforward(state)))
+        return after
 
 
 class MultiheadDecoder(nn.Module):
@@ -290,13 +195,14 @@ class MultiheadDecoder(nn.Module):
         pictures, cells, _ = grid_BPC.shape
         steps = checked_steps(self.max_tokens if max_tokens is None else max_tokens, limit=self.max_tokens)
         memories = self._remember(grid_BPC)
-        head_dim = self.embedding.embedding_dim // self.heads
-        shape = (len(self.blocks), pictures, self.heads, steps, head_dim)
-        dtype = memories[0].keys.dtype
+        shape = (pictures, self.heads, steps, self.embedding.embedding_dim // self.heads)
+        caches = [memories[0].keys.new_zeros(shape) for _ in range(2 * len(memories))]
         return MultiheadState(
-            keys=torch.zeros(shape, dtype=dtype, device=grid_BPC.device),
-            values=torch.zeros(shape, dtype=dtype, device=grid_BPC.device),
-            position=torch.zeros((), dtype=torch.int64, device=grid_BPC.device),
+            keys=tuple(caches[0::2]),
+            values=tuple(caches[1::2]),
+            seen_NS=torch.zeros(pictures, steps, dtype=torch.bool, device=grid_BPC.device),
+            slots=0,
+            position=torch.zeros(1, dtype=torch.int64, device=grid_BPC.device),
             steps_left=steps,
             attention_heads_BLHP=grid_BPC.new_empty(0, len(self.blocks), self.heads, cells),
             memories=memories,
@@ -306,31 +212,71 @@ class MultiheadDecoder(nn.Module):
     def step(self, tokens_B: Tensor, state: MultiheadState) -> tuple[Tensor, Tensor, MultiheadState]:
         """Read one token and predict the next; see `Decoder.step`. The caches are written in place."""
         steps_left = count_down(state.steps_left)
-        position = state.position
-        seen = torch.arange(state.keys.shape[3], device=position.device) <= position
-        hidden = self._embed(tokens_B, self.position.index_select(0, position.view(1)))
-        attention = []
-        for layer, (block, memory) in enumerate(zip(self._layers(), state.memories, strict=True)):
-            hidden, weights_NH1P = block.step(
-                hidden,
-                memory,
-                keys=state.keys[layer],
-                values=state.values[layer],
-                position=position,
-                seen=seen[None],
-            )
-            attention.append(weights_NH1P[:, :, 0])
-        heads_BLHP = torch.stack(attention, dim=1)
-        after = MultiheadState(
-            keys=state.keys,
-            values=state.values,
-            position=position + 1,
+        pictures, width = state.rows.pictures, state.rows.per_picture
+        state = state.with_room(width)
+        taken = slice(state.slots, state.slots + width)
+        read = self.read_step(
+            tokens_B.view(pictures, width),
+            state.position,
+            keys=[cache[:, :, : state.slots] for cache in state.keys],
+            values=[cache[:, :, : state.slots] for cache in state.values],
+            seen_BRS=state.seen_NS[:, : state.slots].view(pictures, width, state.slots),
+            memories=state.memories,
+        )
+        for cache, new in zip((*state.keys, *state.values), (*read.keys, *read.values), strict=True):
+            cache[:, :, taken] = new
+        seen_NS = state.seen_NS.clone()
+        seen_NS[:, taken] = torch.eye(width, dtype=torch.bool, device=seen_NS.device).repeat(pictures, 1)
+        heads_BLHP = read.heads_BRLHP.flatten(0, 1)
+        after = dataclasses.replace(
+            state,
+            seen_NS=seen_NS,
+            slots=taken.stop,
+            position=state.position + 1,
             steps_left=steps_left,
             attention_heads_BLHP=heads_BLHP,
-            memories=state.memories,
-            rows=state.rows,
         )
-        return self._logits(hidden), self._summary(attention), after
+        return read.logits_BRV.flatten(0, 1), read.attention_BRP.flatten(0, 1), after
+
+    def read_step(
+        self,
+        tokens_BR: Tensor,
+        position: Tensor,
+        *,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        seen_BRS: Tensor,
+        memories: Sequence[GridMemory],
+    ) -> StepOutput:
+        """Compute one step: tensors in, tensors out, and nothing written. This is what is exported, too.
+
+        Args:
+            tokens_BR: int64, the new token of each of the R rows of each picture.
+            position: int64 [1], how many tokens every row has read.
+            keys: of the slots so far, [B, H, S, D per head] per layer.
+            values: likewise.
+            seen_BRS: bool, which slots are a row's own past.
+            memories: the pictures, one memory per layer.
+
+        Returns:
+            What the step gives.
+        """
+        hidden_BRD = self._embed(tokens_BR, self.position.index_select(0, position))
+        bias_B1RS = torch.where(seen_BRS, 0.0, -torch.inf)[:, None]
+        attention, new_keys, new_values = [], [], []
+        for block, memory, key, value in zip(self._layers(), memories, keys, values, strict=True):
+            past = Past(key.to(hidden_BRD.dtype), value.to(hidden_BRD.dtype), bias_B1RS)
+            hidden_BRD, weights_BHRP, new_key, new_value = block.step(hidden_BRD, memory, past)
+            attention.append(weights_BHRP)
+            new_keys.append(new_key)
+            new_values.append(new_value)
+        return StepOutput(
+            logits_BRV=self._logits(hidden_BRD),
+            attention_BRP=self._summary(attention),
+            heads_BRLHP=torch.stack(attention, dim=1).permute(0, 3, 1, 2, 4),
+            keys=tuple(new_keys),
+            values=tuple(new_values),
+        )
 
     def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing; rows may be a multiple of the pictures, side by side. See `Decoder.forward`."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from captioner.attention import GridMemory, PictureRows
+from captioner.attention import GridMemory
 from captioner.decoders.protocol import count_down
 from captioner.geometry import exact_div
+from captioner.rows import PictureRows
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class RecurrentState:
 
     def select(self, index_N: Tensor) -> RecurrentState:
         """Return the state of the named rows; see `DecoderState.select`."""
-        pictures, rows = self.rows.select(index_N)
+        kept, rows = self.rows.select(index_N.cpu().numpy())
         stepped = self.attention_heads_BLHP.shape[0] > 0
         return RecurrentState(
             hidden_BS=self.hidden_BS[index_N],
             cell_BS=self.cell_BS[index_N],
             attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
             steps_left=self.steps_left,
-            memory=self.memory if pictures is None else self.memory.select(pictures),
+            memory=self.memory if kept is None else self.memory.select(torch.from_numpy(kept).to(index_N.device)),
             rows=rows,
         )
 

@@ -1,0 +1,93 @@
+"""Attention of words over the words before them: whole sequences in training, a cache in search.
+
+Shapes as in `protocol.py`; R rows of each picture, S slots of the cache, D width of the model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from captioner.dropout import Dropout
+
+
+class Past(NamedTuple):
+    """What the rows of each picture have read, in one layer.
+
+    Args:
+        keys: [B, H, S, D per head].
+        values: likewise.
+        bias_B1RS: 0 where a slot is a row's own past, else -inf.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias_B1RS: Tensor
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of a sequence over its own past (Vaswani et al. 2017, section 3.2.3).
+
+    Args:
+        dim: width of the model.
+        heads: number of heads; must divide `dim`.
+        dropout: probability of dropping a weight, in training.
+    """
+
+    def __init__(self, *, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = Dropout(dropout)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def split(self, projected_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each [N, H, T, D per head], of what `query_key_value` gave."""
+        rows_N, steps, width = projected_NTE.shape
+        split = projected_NTE.reshape(rows_N, steps, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+        return split[0], split[1], split[2]
+
+    def read(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend causally; each argument is [N, H, T, D per head].
+
+        Returns:
+            [N, T, D], the heads side by side, not yet projected.
+        """
+        read: Tensor
+        if self.training and query.device.type == "cpu":
+            read = self._read_with_dropout(query, key, value)
+        else:
+            probability = self.dropout.p if self.training else 0.0
+            read = functional.scaled_dot_product_attention(query, key, value, dropout_p=probability, is_causal=True)
+        return read.transpose(1, 2).flatten(2)
+
+    def _read_with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # With dropout, scaled_dot_product_attention has no kernel for a CPU: it multiplies in float32 and draws a
+        # whole random number for each weight.
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+        weights: Tensor = self.dropout(scores.softmax(dim=-1).to(value.dtype))
+        return weights @ value
+
+    def read_past(self, query: Tensor, key: Tensor, value: Tensor, past: Past) -> Tensor:
+        """Attend with one new token per row to the row's own past and to itself.
+
+        Args:
+            query: [B, H, R, D per head], R rows of each picture.
+            key: of the new tokens, likewise.
+            value: of the new tokens, likewise.
+            past: what the rows of each picture have read before.
+
+        Returns:
+            [B, R, D], the heads side by side, not yet projected.
+        """
+        query = query * query.shape[-1] ** -0.5
+        before = query @ past.keys.transpose(-2, -1) + past.bias_B1RS
+        itself = (query * key).sum(dim=-1, keepdim=True)
+        weights = self.dropout(torch.cat([before, itself], dim=-1).softmax(dim=-1).to(value.dtype))
+        read: Tensor = weights[..., :-1] @ past.values + weights[..., -1:] * value
+        return read.transpose(1, 2).flatten(2)

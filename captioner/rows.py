@@ -1,0 +1,44 @@
+"""Which row of a search looks at which picture. Free of torch: the ONNX decoders keep book in the same way."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from captioner.geometry import exact_div
+
+Indices = npt.NDArray[np.int64]
+
+
+class PictureRows:
+    """Which picture each row of a state looks at, kept so that pictures are shared and not copied.
+
+    Args:
+        pictures: number of pictures in memory.
+        rows: number of rows; the first rows / pictures of them look at the first picture, and so on.
+    """
+
+    def __init__(self, pictures: int, rows: int) -> None:
+        self.pictures = pictures
+        self.per_picture = exact_div(rows, pictures) if pictures else 0
+
+    def select(self, index_N: Indices) -> tuple[Indices | None, PictureRows]:
+        """Select rows.
+
+        Args:
+            index_N: rows of the present order.
+
+        Returns:
+            The pictures that the memory must be reduced to (None: all, as they are), and the new order.
+        """
+        picture_N = index_N // max(self.per_picture, 1)
+        starts = np.flatnonzero(np.diff(picture_N, prepend=-1))
+        count = np.diff(starts, append=len(picture_N))
+        if len(count) and (count != count[0]).any():
+            # Some pictures have more rows than others: every row gets a picture of its own.
+            present, rows_each = picture_N, 1
+        else:
+            present, rows_each = picture_N[starts], int(count[0]) if len(count) else 0
+        chosen = PictureRows(len(present), len(present) * rows_each)
+        unchanged = len(present) == self.pictures and bool((present == np.arange(self.pictures)).all())
+        return (None if unchanged else present), chosen
