@@ -404,7 +404,8 @@ def serve(settings: serving.ServeSettings) -> None:
     with serving.Stopping() as stopping, contextlib.ExitStack() as closing:
         service, others = serving.open_services(settings, closing)
         examples = find_examples(service)
-        page = build_app(service, others=others, name=serving.title(settings.model, 1), examples=examples)
+        name = serving.title(settings.model, 1, service.captioner.config.decoder)
+        page = build_app(service, others=others, name=name, examples=examples)
         url = start(page, host=settings.host, port=port, door=service, users=settings.users, mcp=settings.mcp)
         closing.callback(page.close, verbose=False)
         closing.enter_context(serving.swept(UPLOADS))

@@ -37,6 +37,8 @@ UPLOAD_AGE_S = 3600.0
 SWEEP_S = 300.0
 DRAIN_S = 30.0
 AUTH_VARIABLE = "CAPTIONER_AUTH"
+KINDS = {"mean": "no attention", "additive": "additive attention", "multihead": "multi-head attention"}
+"""What the page says of each decoder."""
 
 _PREFIX = "captioner-uploads-"
 # What a platform says of where it runs the page. Every other variable of Gradio is left out: some publish the page,
@@ -161,21 +163,23 @@ def open_services(settings: ServeSettings, closing: contextlib.ExitStack) -> tup
     for number, model in enumerate(settings.compare, 2):
         other = Service(Captioner.load(model), limits=settings.limits)
         closing.callback(other.close, drain_s=0)
-        others[title(model, number)] = other
+        others[title(model, number, other.captioner.config.decoder)] = other
     return service, others
 
 
-def title(model: str | None, number: int) -> str:
+def title(model: str | None, number: int, decoder: str | None = None) -> str:
     """Return the name of a model on the page: no path of this machine belongs there.
 
     Args:
         model: folder or hub id; None for the bundled model.
         number: its place on the page, which tells two of one name apart.
+        decoder: its kind, one of `KINDS`, to be said too.
 
     Returns:
         The name.
     """
-    return f"{'The bundled model' if model is None else Path(model).name} ({number})"
+    name = f"{'The bundled model' if model is None else Path(model).name} ({number})"
+    return name if decoder is None else f"{name}, {KINDS[decoder]}"
 
 
 # --- Environment and uploads ---

@@ -2,12 +2,26 @@
 
 import json
 
+import numpy as np
 import pytest
-from browser import SHAPES, TALL, WIDE, pressed, save_photo, serve, upload, upload_photo, wait_for_captions, word
+from browser import (
+    SHAPES,
+    TALL,
+    WIDE,
+    decoded,
+    pressed,
+    save_photo,
+    serve,
+    upload,
+    upload_photo,
+    wait_for_captions,
+    word,
+)
 from PIL import Image
 from pointing import CELLS, FIRST_READING, PointingCaptioner
 
 import app
+from captioner import Captioner
 from captioner.templates import alt_text
 
 pytestmark = pytest.mark.browser
@@ -171,6 +185,40 @@ def test_models_stand_side_by_side_on_one_photo_and_each_has_its_own_words(url, 
     assert page.locator(".model canvas:visible").count() == 1
     assert "east" in page.locator(".model .line").nth(1).text_content()
     assert not any(pressed(page))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_three_decoders_stand_side_by_side_each_with_its_own_maps(browser, visit, tmp_path, tiny_checkpoint, width):
+    models = {kind: Captioner(tiny_checkpoint(kind), device="cpu") for kind in ("multihead", "mean", "additive")}
+    own, *others = models
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "EXAMPLES", tmp_path / "absent")
+        served, url = serve(models[own], others={name: models[name] for name in others}, name=own)
+    try:
+        page = visit(url, width=width)
+        upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+        page.wait_for_selector(".model:nth-child(3) .words button")
+        columns = page.locator(".model")
+        assert [column.get_attribute("aria-label") for column in columns.all()] == [*models]
+        maps, notes = [], []
+        for column in columns.all():
+            column.locator(".words button").first.click()
+            page.mouse.move(0, 0)
+            maps.append(decoded(column.locator("canvas").evaluate("(canvas) => canvas.toDataURL()")))
+            notes.append(column.locator(".line").text_content())
+        assert [len(np.unique(each.reshape(-1, 4), axis=0)) == 1 for each in maps] == [False, True, False]
+        assert (maps[0] != maps[2]).any()
+        assert [note.startswith("The model read the photo as a whole") for note in notes] == [False, True, False]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for selector in ("h3", ".frame", ".words", ".line"):
+            boxes = [column.locator(selector).bounding_box() for column in columns.all()]
+            if width == 1280:
+                assert len({box["x"] for box in boxes}) == 3
+                assert selector == "h3" or len({box["y"] for box in boxes}) == 1
+            else:
+                assert [box["y"] for box in boxes] == sorted({box["y"] for box in boxes})
+    finally:
+        served.close(verbose=False)
 
 
 def test_without_other_models_and_with_one_head_there_is_nothing_to_compare_or_choose(

@@ -17,6 +17,7 @@ from served import API, HTTP, ROOT, WAIT_S, Process, ask, events, post, upload
 from typer.testing import CliRunner
 
 from captioner import ConfigError, cli, serving
+from captioner.model import DECODERS
 from captioner.serving import ServeSettings, Stopping, read_users, title
 
 PNG = encode(gradient(), "PNG")
@@ -276,6 +277,11 @@ def test_a_password_is_not_repeated_in_messages():
 def test_a_model_is_shown_without_its_path():
     assert title(None, 1) == "The bundled model (1)"
     assert title("/home/me/models/mine", 2) == "mine (2)"
+
+
+def test_a_model_is_shown_with_its_kind_of_decoder():
+    assert set(serving.KINDS) == set(DECODERS)
+    assert title("/home/me/models/mine", 2, "mean") == "mine (2), no attention"
 
 
 def test_both_ways_to_start_have_the_same_options():

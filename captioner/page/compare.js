@@ -20,7 +20,7 @@ function column(name) {
   note.setAttribute("role", "status");
   root.append(make("h3", {}, name, score), parts.frame, parts.words, note);
   part("columns").append(root);
-  const viewer = makeViewer(parts, (word) => { note.textContent = word === null ? "" : sees(word); });
+  const viewer = makeViewer(parts, (word, even) => { note.textContent = word === null ? "" : sees(word, even); });
   return (message, told) => {
     const caption = told.captions?.[0] ??
       { text: "", words: [], grid: [1, 1], heads: [1, 1], maps: "", head_maps: "", score: undefined };

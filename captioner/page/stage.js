@@ -3,9 +3,9 @@ let run = 0, photo = null, captions = [], shown = 0, done = false;
 const parts = Object.fromEntries(
   Array.from(element.querySelectorAll("[data-part]")).map((node) => [node.dataset.part, node]));
 
-const viewer = makeViewer(parts, (word) => {
+const viewer = makeViewer(parts, (word, even) => {
   parts.legend.hidden = word === null;
-  if (done) parts.note.textContent = sees(word);
+  if (done) parts.note.textContent = sees(word, even);
 });
 
 function fillSelect(select, options) {

@@ -55,7 +55,8 @@ function fitted({ width, height }, box) {
 
 const palettes = Object.fromEntries(Object.entries(props.palettes).map(([name, text]) => [name, bytes(text)]));
 
-// `parts`: { frame, picture, map, words } and, where there are any, { strip, legend }. `said` is told what is seen.
+// `parts`: { frame, picture, map, words } and, where there are any, { strip, legend }. `said` is told the
+// word whose map is seen, and whether that map is even.
 function makeViewer(parts, said) {
   let photo = null, caption = null, chosen = -1, pointed = -1, head = -1;
   const groups = [parts.words, parts.strip].filter(Boolean);
@@ -97,7 +98,7 @@ function makeViewer(parts, said) {
       Object.assign(parts.map, fitted(photo, { width: MAP_SIDE_PX, height: MAP_SIDE_PX }));
       paintWord(parts.map, index);
     }
-    said(index < 0 ? null : caption.words[index]);
+    said(index < 0 ? null : caption.words[index], index >= 0 && isEven(mapOf(index)));
   }
 
   function choose(index) {
@@ -184,6 +185,9 @@ function makeViewer(parts, said) {
   return { show, drawWord, useHead: (index) => { head = index; drawStrip(); look(); } };
 }
 
-const sees = (word) => word === null
+// A model without attention has the same share of every place: then the map points nowhere, and the words say so.
+const isEven = (map) => map.length > 1 && map.every((value) => value === map[0]);
+const sees = (word, even) => word === null
   ? "Choose a word to see where the model looked for it."
-  : "Where the model looked for \u201c" + word.text + "\u201d (" + percent(word.probability) + " sure)";
+  : (even ? "The model read the photo as a whole for \u201c" : "Where the model looked for \u201c")
+    + word.text + "\u201d (" + percent(word.probability) + " sure)";
