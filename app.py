@@ -41,6 +41,7 @@ UPLOADS = serving.prepare_environment()  # before Gradio is imported, which read
 import gradio as gr  # noqa: E402
 from gradio.events import api  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.requests import cookie_parser as parse_cookies  # noqa: E402
 
 LOG = logging.getLogger(__name__)
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -337,7 +338,8 @@ def start(
     """
     door = door or OpenDoor()
     guard: dict[str, Any] = {"uploads": UPLOADS, "endpoints": NAMES, "users": users}
-    before = Middleware(ServiceMiddleware, service=door, **guard, forget=functools.partial(_forget, page))
+    guard |= {"known": functools.partial(_is_known, page), "forget": functools.partial(_forget, page)}
+    before = Middleware(ServiceMiddleware, service=door, **guard)
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -366,6 +368,13 @@ def start(
         tools: Any = page.mcp_server_obj
         tools.postprocess_output_data = tool_contents
     return str(url)
+
+
+def _is_known(page: gr.Blocks, cookies: str) -> bool:
+    """Return whether cookies are those of a login, as Gradio reads them."""
+    jar = parse_cookies(cookies)
+    tokens = [jar.get(f"access-token-{kind}{page.app.cookie_id}") for kind in ("", "unsecure-")]
+    return next(filter(None, tokens), None) in page.app.tokens
 
 
 def _forget(page: gr.Blocks, session: str) -> None:

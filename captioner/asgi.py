@@ -2,6 +2,7 @@
 
     request ──▶ /healthz, /readyz, /metrics ──▶ answered here
             ──▶ a route that is not served ──▶ 404
+            ──▶ not logged in, or too many wrong passwords ──▶ a page that asks for it; 401, 429
             ──▶ queue full or closing ──▶ 503 with Retry-After
             ──▶ body over its limit ──▶ 413; naming a file that was not uploaded ──▶ 400
             ──▶ app
@@ -11,27 +12,18 @@ Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that stre
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hmac
-import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from captioner import payloads
 from captioner.errors import ServiceBusyError, ServiceError
+from captioner.exchange import API, App, Exchange, Message, Receive, Refusal, Scope, Send, path_of, route_of
+from captioner.logins import Logins
 from captioner.service import ServiceLimits
 from captioner.telemetry import CONTENT_TYPE, OTHER, Telemetry
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-API = "/gradio_api"
 JSON_LIMIT = 2 * 2**20
 MULTIPART_BYTES = 64 * 2**10
 """Room for the heads between the files of an upload."""
@@ -50,21 +42,6 @@ _CLOSED_READS = {"proxy", "stream", "custom_component", "deep_link", "vibe-code"
 
 class _Stopped(Exception):  # noqa: N818  # no fault: it only leaves the app
     """The body is not read any further."""
-
-
-class _Refusal(Exception):  # noqa: N818  # an answer, not a fault
-    """A request is answered here.
-
-    Args:
-        status: of the answer.
-        kind: of the error.
-        message: one line for the client.
-        retry_after_s: when to try again.
-    """
-
-    def __init__(self, status: int, kind: str, message: str, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.retry_after_s = status, kind, message, retry_after_s
 
 
 class Door(Protocol):
@@ -104,6 +81,8 @@ class ServiceMiddleware:
         max_body_bytes: the most bytes of an upload with all its files; default: one file of the service's limit.
         users: names and passwords, of which tools must send one pair by HTTP Basic authentication (RFC 7617): behind
             this, Gradio asks for a login everywhere but there. None lets everyone in.
+        known: tells from a request's cookies whether its sender has logged in; those who have not see a page that
+            asks for it. Without it they see what is behind.
         forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
     """
 
@@ -116,6 +95,7 @@ class ServiceMiddleware:
         endpoints: Iterable[str] = (),
         max_body_bytes: int | None = None,
         users: Iterable[tuple[str, str]] | None = None,
+        known: Callable[[str], bool] | None = None,
         forget: Callable[[str], None] | None = None,
     ) -> None:
         self.app = app
@@ -127,7 +107,7 @@ class ServiceMiddleware:
         # A picture may stand in a call of a tool as text, four characters for three bytes.
         self.max_tool_bytes = service.limits.max_upload_bytes * 4 // 3 + JSON_LIMIT
         self._buffered_bytes = 0
-        self._keys = None if users is None else [base64.b64encode(":".join(user).encode()) for user in users]
+        self._logins = Logins(users, known=known)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on; see the ASGI specification."""
@@ -137,14 +117,14 @@ class ServiceMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, label=self._label(scope))
+        exchange = Exchange(scope, receive, send, label=self._label(scope))
         # A heartbeat is as long as a page is looked at, and a tool may listen as long as it lives.
         endless = exchange.label == "heartbeat" or (exchange.label == "mcp" and exchange.method == "GET")
         counted = 0 if endless else 1
         self.service.telemetry.http_open.add(counted)
         try:
             await self._answer(exchange)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             await exchange.refuse(refusal)
         finally:
             self.service.telemetry.http_open.add(-counted)
@@ -152,15 +132,18 @@ class ServiceMiddleware:
 
     # --- The way of a request ---
 
-    async def _answer(self, exchange: _Exchange) -> None:
+    async def _answer(self, exchange: Exchange) -> None:
         path, method = exchange.path, exchange.method
         if path in ("/healthz", "/readyz", "/metrics"):
             await self._say_health(exchange)
             return
-        route = _route(path)
+        route = route_of(path)
         self._require_served(route, path, method)
         if route == "mcp":
-            self._require_key(exchange)
+            self._logins.require_key(exchange)
+        if self._logins.asks(exchange):
+            await self._logins.show(exchange)
+            return
         if method in ("GET", "HEAD", "OPTIONS"):
             try:
                 await self.app(exchange.scope, exchange.receive, exchange.send)
@@ -172,12 +155,14 @@ class ServiceMiddleware:
             self._require_admission()
         if route in _WORK:
             await self._hand_on_checked(exchange, self.max_tool_bytes if route == "mcp" else JSON_LIMIT)
+        elif route == "login":
+            await self._hand_on_guess(exchange)
         else:
             await self._hand_on_limited(exchange, self.max_body_bytes if route == "upload" else JSON_LIMIT)
 
-    async def _say_health(self, exchange: _Exchange) -> None:
+    async def _say_health(self, exchange: Exchange) -> None:
         if exchange.method not in ("GET", "HEAD"):
-            raise _Refusal(405, "MethodNotAllowed", "only GET")
+            raise Refusal(405, "MethodNotAllowed", "only GET")
         if exchange.path == "/metrics":
             await exchange.respond(200, self.service.telemetry.prometheus().encode(), CONTENT_TYPE)
         elif exchange.path == "/healthz":
@@ -185,7 +170,7 @@ class ServiceMiddleware:
         elif self.service.ready:
             await exchange.respond_json(200, {"status": "ready"})
         else:
-            raise _Refusal(503, "NotReady", "closing, or the model does not answer", RETRY_S)
+            raise Refusal(503, "NotReady", "closing, or the model does not answer", RETRY_S)
 
     def _require_served(self, route: str | None, path: str, method: str) -> None:
         if method in ("GET", "HEAD"):
@@ -193,40 +178,42 @@ class ServiceMiddleware:
             file = path.partition(f"{API}/file")[2].lstrip("=/")
             elsewhere = route == "file" and not payloads.is_upload(f"/{file.lstrip('/')}", self.uploads)
             if route in _CLOSED_READS or elsewhere:
-                raise _Refusal(404, "NotFound", "nothing is served here")
+                raise Refusal(404, "NotFound", "nothing is served here")
         elif method != "OPTIONS" and (method not in ("POST", "DELETE") or route not in _WORK | _SENT):
-            raise _Refusal(404, "NotFound", "nothing is served here")
-
-    def _require_key(self, exchange: _Exchange) -> None:
-        scheme, _, given = exchange.header("authorization").partition(" ")
-        # Every key is compared, in a time that does not depend on what was given.
-        known = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys or ()]
-        if self._keys is not None and (scheme.lower() != "basic" or not any(known)):
-            raise _Refusal(401, "NotAuthenticated", "send user and password by HTTP Basic authentication")
+            raise Refusal(404, "NotFound", "nothing is served here")
 
     def _require_admission(self) -> None:
         error: ServiceError | None = self.service.refusal()
         if error is not None:
             seconds = error.retry_after_s if isinstance(error, ServiceBusyError) else RETRY_S
-            raise _Refusal(503, type(error).__name__, str(error), seconds)
+            raise Refusal(503, type(error).__name__, str(error), seconds)
 
-    async def _hand_on_limited(self, exchange: _Exchange, limit: int) -> None:
+    async def _hand_on_guess(self, exchange: Exchange) -> None:
+        """Hand a login on; it is a guess until it is found to be right, or no login at all."""
+        self._logins.begin(exchange)
+        try:
+            await self._hand_on_limited(exchange, JSON_LIMIT)
+        finally:
+            if exchange.status != 400:  # with which Gradio says that name or password is wrong
+                self._logins.forgive(exchange)
+
+    async def _hand_on_limited(self, exchange: Exchange, limit: int) -> None:
         """Hand the body on as it comes, and end the request where it grows over its limit."""
         _require_length(exchange, limit)
         left, more = limit, True
-        refusal: _Refusal | None = None
+        refusal: Refusal | None = None
 
         async def receive() -> Message:
             nonlocal left, more, refusal
             if not more:  # what comes now is the client's leaving, whenever that is
                 return await exchange.receive()
             try:
-                message = await exchange.next_part()
+                message = await exchange.next_part(BODY_TIMEOUT_S)
                 left -= len(message.get("body", b""))
                 more = message["type"] == "http.request" and bool(message.get("more_body", False))
                 if left < 0:
                     raise _too_large(limit)
-            except _Refusal as err:
+            except Refusal as err:
                 refusal = err
                 raise _Stopped from err
             return message
@@ -243,14 +230,14 @@ class ServiceMiddleware:
         if refusal is not None:
             raise refusal
 
-    async def _hand_on_checked(self, exchange: _Exchange, limit: int) -> None:
+    async def _hand_on_checked(self, exchange: Exchange, limit: int) -> None:
         """Read the whole body, check it, and hand it on."""
         _require_length(exchange, limit)
         body = bytearray()
         try:
             more = exchange.method == "POST"
             while more:
-                message = await exchange.next_part()
+                message = await exchange.next_part(BODY_TIMEOUT_S)
                 if message["type"] == "http.disconnect":
                     return
                 part = message.get("body", b"")
@@ -259,7 +246,7 @@ class ServiceMiddleware:
                 if len(body) > limit:
                     raise _too_large(limit)
                 if self._buffered_bytes > BUFFER_LIMIT:
-                    raise _Refusal(503, "ServiceBusyError", "too many large requests at once; try again", RETRY_S)
+                    raise Refusal(503, "ServiceBusyError", "too many large requests at once; try again", RETRY_S)
                 more = message.get("more_body", False)
             self._check(exchange, bytes(body))
             whole = bytes(body)
@@ -280,30 +267,30 @@ class ServiceMiddleware:
             # So Gradio says that a call by names has a name too many or too few, or asks for no endpoint.
             if exchange.status is not None or not exchange.path.startswith(f"{API}/call/v2/"):
                 raise
-            raise _Refusal(400, "BadRequest", f"no such endpoint or argument; {API}/info lists them") from err
+            raise Refusal(400, "BadRequest", f"no such endpoint or argument; {API}/info lists them") from err
 
-    def _check(self, exchange: _Exchange, body: bytes) -> None:
+    def _check(self, exchange: Exchange, body: bytes) -> None:
         if exchange.method != "POST":
             return
         if exchange.header("content-type").split(";")[0].strip().lower() == "multipart/form-data":
-            raise _Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
+            raise Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
         try:
             value = payloads.parse(body)
-            tools = _route(exchange.path) == "mcp"
+            tools = route_of(exchange.path) == "mcp"
             payloads.check(
                 _arguments(value) if tools else value, uploads=self.uploads, hosts=exchange.hosts(), strings=tools
             )
         except payloads.RefusedPayloadError as err:
-            raise _Refusal(400, "RefusedPayload", str(err)) from err
+            raise Refusal(400, "RefusedPayload", str(err)) from err
 
     # --- What is noted ---
 
     def _label(self, scope: Scope) -> str:
         """Return the name of a request's endpoint, of which there are few."""
-        path = _path(scope)
+        path = path_of(scope)
         if path in ("/", "/healthz", "/readyz", "/metrics"):
             return path
-        route = _route(path)
+        route = route_of(path)
         if route is None:
             return "page"
         if route in ("call", "run", "api"):
@@ -313,7 +300,7 @@ class ServiceMiddleware:
             return f"{route}/{name}{answer}"
         return route if route in _WORK | _SENT | {"queue/data", "file", "heartbeat"} else OTHER
 
-    def _note(self, exchange: _Exchange) -> None:
+    def _note(self, exchange: Exchange) -> None:
         telemetry = self.service.telemetry
         status = exchange.status or 499  # the client left before there was an answer
         telemetry.http_requests.add(endpoint=exchange.label, status=status)
@@ -354,112 +341,19 @@ def wait_for_answers(telemetry: Telemetry, *, timeout_s: float = 5.0, quiet_s: f
     return False
 
 
-class _Exchange:
-    """A request and its answer.
-
-    Args:
-        scope: of ASGI.
-        receive: of ASGI.
-        send: of ASGI.
-        label: the endpoint's name in metrics.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, label: str) -> None:
-        self.scope, self.receive, self._send, self.label = scope, receive, send, label
-        self.method, self.path = str(scope["method"]).upper(), _path(scope)
-        self.status: int | None = None
-        self.error: str | None = None
-        self._began_s = time.monotonic()
-
-    def seconds(self) -> float:
-        """Return how long the request has taken."""
-        return time.monotonic() - self._began_s
-
-    def header(self, name: str) -> str:
-        """Return a header of the request, or nothing."""
-        wanted = name.encode()
-        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key.lower() == wanted), "")
-
-    def hosts(self) -> Collection[str]:
-        """Return the names under which the client knows this server."""
-        forwarded = [name.strip() for name in self.header("x-forwarded-host").split(",")]
-        origin = self.header("origin").partition("://")[2]
-        return {name for name in (self.header("host"), origin, *forwarded) if name}
-
-    async def send(self, message: Message) -> None:
-        """Send a part of the answer."""
-        if message["type"] == "http.response.start":
-            self.status = int(message["status"])
-        await self._send(message)
-
-    async def next_part(self) -> Message:
-        """Wait for the next part of the body, not for ever."""
-        try:
-            return await asyncio.wait_for(self.receive(), BODY_TIMEOUT_S)
-        except TimeoutError as err:
-            raise _Refusal(408, "RequestTimeout", "the body did not come in time") from err
-
-    async def respond(self, status: int, body: bytes, content_type: str, *more: tuple[bytes, bytes]) -> None:
-        """Send a whole answer."""
-        headers = [
-            (b"content-type", content_type.encode()),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-            *more,
-        ]
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
-
-    async def respond_json(self, status: int, value: object, *more: tuple[bytes, bytes]) -> None:
-        """Send a value as the whole answer."""
-        await self.respond(status, json.dumps(value).encode(), "application/json", *more)
-
-    async def refuse(self, refusal: _Refusal) -> None:
-        """Say why the request is refused, if nothing has been said yet."""
-        self.error = refusal.kind
-        if self.status is not None:
-            return
-        more: list[tuple[bytes, bytes]] = []
-        if refusal.retry_after_s is not None:
-            more.append((b"retry-after", str(refusal.retry_after_s).encode()))
-        if refusal.status == 401:
-            more.append((b"www-authenticate", b'Basic realm="captioner", charset="UTF-8"'))
-        if refusal.status in (408, 413):
-            more.append((b"connection", b"close"))  # the rest of the body is not read
-        error = {"type": refusal.kind, "message": refusal.message}
-        await self.respond_json(refusal.status, {"error": error}, *more)
-
-
-def _path(scope: Scope) -> str:
-    """Return the path below the app's root."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
-
-
-def _route(path: str) -> str | None:
-    """Return the first part of a path of the API, "login" as such; None for a path of the page."""
-    if path.rstrip("/") == "/login":
-        return "login"
-    if not path.startswith(f"{API}/"):
-        return None
-    parts = path.removeprefix(f"{API}/").split("/")
-    head = parts[0].partition("=")[0]
-    return f"queue/{parts[1]}" if head == "queue" and len(parts) > 1 else head
-
-
 def _arguments(value: Any) -> Any:
     """Return what a call of a tool hands over; the rest of such a message names no file."""
     calls = value if isinstance(value, list) else [value]
     return [call.get("params") for call in calls if isinstance(call, dict) and call.get("method") == "tools/call"]
 
 
-def _too_large(limit: int) -> _Refusal:
-    return _Refusal(413, "TooLarge", f"the body is over the limit of {limit} bytes; send a smaller picture")
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, "TooLarge", f"the body is over the limit of {limit} bytes; send a smaller picture")
 
 
-def _require_length(exchange: _Exchange, limit: int) -> None:
+def _require_length(exchange: Exchange, limit: int) -> None:
     length = exchange.header("content-length")
     if length and (not length.isascii() or not length.isdecimal()):
-        raise _Refusal(400, "BadRequest", "Content-Length must be a number")
+        raise Refusal(400, "BadRequest", "Content-Length must be a number")
     if length and (len(length) > 15 or int(length) > limit):
         raise _too_large(limit)

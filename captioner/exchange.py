@@ -1,0 +1,133 @@
+"""A request and its answer, as the middleware handles them.
+
+Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any, TypeAlias
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+API = "/gradio_api"
+
+
+class Refusal(Exception):  # noqa: N818  # an answer, not a fault
+    """A request is answered here.
+
+    Args:
+        status: of the answer.
+        kind: of the error.
+        message: one line for the client.
+        retry_after_s: when to try again.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.retry_after_s = status, kind, message, retry_after_s
+
+
+class Exchange:
+    """A request and its answer.
+
+    Args:
+        scope: of ASGI.
+        receive: of ASGI.
+        send: of ASGI.
+        label: the endpoint's name in metrics.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, label: str) -> None:
+        self.scope, self.receive, self._send, self.label = scope, receive, send, label
+        self.method, self.path = str(scope["method"]).upper(), path_of(scope)
+        self.status: int | None = None
+        self.error: str | None = None
+        self._began_s = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long the request has taken."""
+        return time.monotonic() - self._began_s
+
+    def header(self, name: str) -> str:
+        """Return a header of the request, or nothing."""
+        wanted = name.encode()
+        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key.lower() == wanted), "")
+
+    def address(self) -> str:
+        """Return the address of the client, or nothing where there is none to know."""
+        client = self.scope.get("client")
+        return str(client[0]) if client else ""
+
+    def hosts(self) -> Collection[str]:
+        """Return the names under which the client knows this server."""
+        forwarded = [name.strip() for name in self.header("x-forwarded-host").split(",")]
+        origin = self.header("origin").partition("://")[2]
+        return {name for name in (self.header("host"), origin, *forwarded) if name}
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+        await self._send(message)
+
+    async def next_part(self, timeout_s: float) -> Message:
+        """Wait for the next part of the body, not for ever."""
+        try:
+            return await asyncio.wait_for(self.receive(), timeout_s)
+        except TimeoutError as err:
+            raise Refusal(408, "RequestTimeout", "the body did not come in time") from err
+
+    async def respond(self, status: int, body: bytes, content_type: str, *more: tuple[bytes, bytes]) -> None:
+        """Send a whole answer."""
+        headers = [
+            (b"content-type", content_type.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+            *more,
+        ]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
+
+    async def respond_json(self, status: int, value: object, *more: tuple[bytes, bytes]) -> None:
+        """Send a value as the whole answer."""
+        await self.respond(status, json.dumps(value).encode(), "application/json", *more)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Say why the request is refused, if nothing has been said yet."""
+        self.error = refusal.kind
+        if self.status is not None:
+            return
+        more: list[tuple[bytes, bytes]] = []
+        if refusal.retry_after_s is not None:
+            more.append((b"retry-after", str(refusal.retry_after_s).encode()))
+        if refusal.status == 401:
+            more.append((b"www-authenticate", b'Basic realm="captioner", charset="UTF-8"'))
+        if refusal.status in (408, 413):
+            more.append((b"connection", b"close"))  # the rest of the body is not read
+        error = {"type": refusal.kind, "message": refusal.message}
+        await self.respond_json(refusal.status, {"error": error}, *more)
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path below the app's root."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def route_of(path: str) -> str | None:
+    """Return the first part of a path of the API, "login" as such; None for a path of the page."""
+    if path.rstrip("/") == "/login":
+        return "login"
+    if not path.startswith(f"{API}/"):
+        return None
+    parts = path.removeprefix(f"{API}/").split("/")
+    head = parts[0].partition("=")[0]
+    return f"queue/{parts[1]}" if head == "queue" and len(parts) > 1 else head
