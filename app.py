@@ -44,7 +44,10 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import cookie_parser as parse_cookies  # noqa: E402
 
 LOG = logging.getLogger(__name__)
-EXAMPLES = Path(__file__).resolve().parent / "examples"
+# An installed copy has them inside the package; a folder of this name beside it would be anybody's.
+EXAMPLES = Path(serving.__file__).resolve().with_name("examples")
+if not EXAMPLES.is_dir():
+    EXAMPLES = Path(__file__).resolve().parent / "examples"
 MAX_MESSAGE = 1000
 MAX_SESSIONS = 1000
 """Gradio keeps about 200 KiB for each."""
@@ -77,7 +80,7 @@ def find_examples(model: Model) -> Examples:
         model: that captions them.
 
     Returns:
-        The examples; none beside an installed copy, where there are no photos.
+        The examples.
     """
     return Examples(model, sorted(EXAMPLES.glob("*.jpg")), search_options(OPTION_VALUES))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,9 +66,18 @@ def serve(
         log=log,
         log_captions=log_captions,
     )
-    import app
+    _page_module().serve(settings)
 
-    app.serve(settings)
+
+def _page_module() -> Any:
+    """Return `app.py` of this project, wherever the command is run: by its name, another folder's could be meant."""
+    path = Path(__file__).resolve().parents[1] / "app.py"
+    spec = importlib.util.spec_from_file_location("captioner_app", path)
+    if spec is None or spec.loader is None:  # never, for a path that ends in .py
+        raise ImportError(path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:
