@@ -235,8 +235,8 @@ class Captioner:
             yield make_word(
                 text,
                 word.log_probability,
-                word.attention_P.numpy(),
-                word.attention_heads_LHP.numpy(),
+                word.attention_P,
+                word.attention_heads_LHP,
                 self.model.encoder.grid_hw,
             )
 

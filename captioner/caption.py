@@ -183,8 +183,8 @@ def make_captions(
         rows = zip(
             tokenizer.words(hypothesis.token_ids),
             hypothesis.log_probabilities,
-            hypothesis.attention_TP.numpy(),
-            hypothesis.attention_heads_TLHP.numpy(),
+            hypothesis.attention_TP,
+            hypothesis.attention_heads_TLHP,
             strict=True,
         )
         caption = Caption(

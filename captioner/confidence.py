@@ -13,41 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-
+from captioner.arrays import Array, float32, namespace
 from captioner.config import ConfidenceConfig
 
 
-class Familiarity(nn.Module):
-    """Where the mean features of training pictures lie. Not trained; filled by `training.calibration`.
+def strangeness(grid_BPC: Array, *, mean_C: Array, basis_KC: Array) -> Array:
+    """Return how strange pictures are: the squared norm of what lies outside the subspace.
 
     Args:
-        feature_dim: channels of a grid cell.
-        directions: of the subspace.
+        grid_BPC: features of the pictures; NumPy's or torch's, as the others are.
+        mean_C: mean of the training pictures' mean features.
+        basis_KC: orthonormal directions of the subspace.
+
+    Returns:
+        float32 [B], at least 0.
     """
-
-    mean_C: Tensor
-    basis_KC: Tensor
-
-    def __init__(self, *, feature_dim: int, directions: int) -> None:
-        super().__init__()
-        self.register_buffer("mean_C", torch.zeros(feature_dim))
-        self.register_buffer("basis_KC", torch.zeros(directions, feature_dim))
-
-    def forward(self, grid_BPC: Tensor) -> Tensor:
-        """Return how strange pictures are: the squared norm of what lies outside the subspace.
-
-        Args:
-            grid_BPC: features of the pictures.
-
-        Returns:
-            float32 [B], at least 0.
-        """
-        away_BC = grid_BPC.float().mean(dim=1) - self.mean_C
-        inside_BK = away_BC @ self.basis_KC.T
-        residual_B: Tensor = away_BC.square().sum(dim=1) - inside_BK.square().sum(dim=1)
-        return residual_B.clamp(min=0)
+    xp = namespace(grid_BPC)
+    away_BC = xp.mean(float32(grid_BPC), axis=1) - mean_C
+    inside_BK = away_BC @ basis_KC.T
+    residual_B = xp.sum(away_BC * away_BC, axis=1) - xp.sum(inside_BK * inside_BK, axis=1)
+    return xp.clip(residual_B, min=0)
 
 
 def confidence(
@@ -62,7 +47,7 @@ def confidence(
         config: of the model.
         score: mean log-probability per token, end token included.
         log_probabilities: of the words.
-        strangeness: of the picture, from `Familiarity`.
+        strangeness: of the picture, from the function of this name.
 
     Returns:
         In [0, 1]; 0 for a sentence that the model holds to be impossible.

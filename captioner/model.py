@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from captioner.confidence import Familiarity
 from captioner.config import ModelConfig
 from captioner.decoders import AdditiveDecoder, MeanDecoder, MultiheadDecoder
 from captioner.encoder import Encoder
+from captioner.familiarity import Familiarity
 
 DecoderModule = MeanDecoder | AdditiveDecoder | MultiheadDecoder
 DECODERS: dict[str, type[DecoderModule]] = {

@@ -23,6 +23,16 @@ TINY_DECODERS = {
 }
 
 
+@pytest.fixture(scope="module", params=("numpy", "torch"))
+def array_kind(request):
+    """Have `toy_decoders` search with NumPy arrays, then with torch tensors; not for one test, for hypothesis' sake."""
+    import toy_decoders
+
+    toy_decoders.use(request.param)
+    yield request.param
+    toy_decoders.use("torch")
+
+
 @pytest.fixture(scope="session")
 def captioner():
     """The bundled model, on the CPU."""

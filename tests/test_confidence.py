@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from captioner import Captioner, ConfigError
 from captioner.checkpoint import Checkpoint
-from captioner.confidence import Familiarity, confidence
+from captioner.confidence import confidence, strangeness
 from captioner.config import ConfidenceConfig, ModelConfig
+from captioner.familiarity import Familiarity
 from captioner.model import build_model
 
 CONFIG = ConfidenceConfig(directions=3, intercept=1.5, score_weight=0.8, least_weight=0.2, familiar=0.5, strange=2.0)
@@ -77,6 +78,19 @@ def test_strangeness_is_the_squared_distance_from_the_subspace():
     torch.testing.assert_close(familiarity(grid_BPC), expected_B)
     inside_BPC = (torch.randn(4, 3, generator=generator) @ basis_CK.T + familiarity.mean_C)[:, None]
     torch.testing.assert_close(familiarity(inside_BPC), torch.zeros(4), atol=1e-4, rtol=0)
+
+
+def test_strangeness_is_the_same_for_numpy_and_torch():
+    generator = np.random.default_rng(3)
+    grid_BPC, mean_C = generator.normal(size=(4, 6, 10)), generator.normal(size=10)
+    basis_KC = np.linalg.qr(generator.normal(size=(10, 3)))[0].T
+    given = [np.ascontiguousarray(values, dtype=np.float32) for values in (grid_BPC, mean_C, basis_KC)]
+    found = strangeness(given[0], mean_C=given[1], basis_KC=given[2])
+    assert found.dtype == np.float32
+    familiarity = Familiarity(feature_dim=10, directions=3)
+    familiarity.mean_C.copy_(torch.from_numpy(given[1]))
+    familiarity.basis_KC.copy_(torch.from_numpy(given[2]))
+    torch.testing.assert_close(torch.from_numpy(found), familiarity(torch.from_numpy(given[0])))
 
 
 def test_captions_of_a_calibrated_model_have_it_and_of_another_do_not(calibrated, tiny_captioner, example_photos):

@@ -12,19 +12,23 @@ from toy_decoders import (
     UNKNOWN,
     ToyDecoder,
     Tree,
+    assert_close,
     brute_force,
     contains,
     grids,
     obeys,
+    search,
     sentences,
 )
 
 from captioner.config import SearchOptions
 from captioner.errors import ConfigError, SearchError
-from captioner.search import Phrase, search
+from captioner.search import Phrase
 from captioner.search.automaton import START as START_STATE
 from captioner.search.automaton import build_automaton
 from captioner.search.demands import Demands
+
+pytestmark = pytest.mark.usefixtures("array_kind")
 
 WIDE = 1000
 
@@ -102,7 +106,7 @@ def test_whatever_the_options_every_caption_obeys_them(search, seed, ends, pictu
             assert ends == (hypothesis.end_log_probability is not None)
             assert len(hypothesis.log_probabilities) == len(hypothesis.token_ids)
             assert hypothesis.attention_TP.shape[0] == len(hypothesis.token_ids)
-            torch.testing.assert_close(hypothesis.attention_TP.sum(1), torch.ones(len(hypothesis.token_ids)))
+            assert_close(hypothesis.attention_TP.sum(1), torch.ones(len(hypothesis.token_ids)))
 
 
 @settings(deadline=None, max_examples=80)

@@ -6,14 +6,19 @@ import math
 import pytest
 import torch
 from models import DECODERS, VOCABULARY, make_decoder, random_grid
+from toy_decoders import assert_close, search
 
 from captioner.config import SearchOptions
-from captioner.search import SearchVocabulary, search
+from captioner.search import SearchVocabulary
 
 START, END, WORDS = 1, 2, range(4, VOCABULARY)
 LEXICON = SearchVocabulary(size=VOCABULARY, start_id=START, end_id=END, never_ids=(0, 1, 3))
 
-pytestmark = [pytest.mark.parametrize("kind", DECODERS), pytest.mark.parametrize("seed", range(3))]
+pytestmark = [
+    pytest.mark.usefixtures("array_kind"),
+    pytest.mark.parametrize("kind", DECODERS),
+    pytest.mark.parametrize("seed", range(3)),
+]
 
 
 def found_by(decoder, grid_BPC, **options):
@@ -27,7 +32,7 @@ def test_beam_of_one_equals_greedy(kind, seed):
     for (left,), (right,) in zip(beam, greedy, strict=True):
         assert left.token_ids == right.token_ids
         assert left.score == pytest.approx(right.score, abs=1e-5)
-        torch.testing.assert_close(left.attention_TP, right.attention_TP, rtol=0, atol=1e-5)
+        assert_close(left.attention_TP, right.attention_TP, rtol=0, atol=1e-5)
     scores = [found.score for (found,) in greedy]
     assert min(abs(a - b) for a, b in itertools.combinations(scores, 2)) > 1e-4  # the pictures matter
 

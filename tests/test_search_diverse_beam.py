@@ -1,11 +1,14 @@
 import itertools
 
+import pytest
 import reference_search as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_decoders import ToyDecoder, Tree, assert_same, grids, run, words_of
 
 from captioner.config import SearchOptions
+
+pytestmark = pytest.mark.usefixtures("array_kind")
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,11 +8,13 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from captioner.search import SearchVocabulary, search
+import captioner.search
+from captioner.search import SearchVocabulary
 
 PAD, START, END, UNKNOWN, FIRST_WORD = 0, 1, 2, 3, 4
 CELLS, CHANNELS, LAYERS, HEADS, DIM = 6, 5, 2, 3, 7
@@ -68,6 +70,7 @@ class ToyDecoder:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.size = FIRST_WORD + words
+        self.normalised = False
         self.max_tokens = max_tokens
         self.embedding, self.recurrent, self.look = (
             weights(self.size, DIM),
@@ -192,6 +195,71 @@ def brute_force(tree: Tree, decoder: ToyDecoder, options, must_include=(), ban=(
     return sorted(found, reverse=True)
 
 
+def as_numpy(tensor):
+    assert isinstance(tensor, Tensor)
+    # NumPy has no bfloat16; float32 has all of its values.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@dataclasses.dataclass
+class NumpyState:
+    state: object
+
+    @property
+    def attention_heads_BLHP(self):
+        return as_numpy(self.state.attention_heads_BLHP)
+
+    def select(self, index_N):
+        assert isinstance(index_N, np.ndarray)
+        return NumpyState(self.state.select(torch.from_numpy(index_N)))
+
+
+class NumpyDecoder:
+    """A torch decoder behind the protocol in NumPy arrays: it says the very same."""
+
+    def __init__(self, decoder) -> None:
+        self.decoder, self.max_tokens, self.normalised = decoder, decoder.max_tokens, decoder.normalised
+
+    def start(self, grid_BPC, *, max_tokens=None):
+        assert isinstance(grid_BPC, np.ndarray)
+        with torch.inference_mode():
+            return NumpyState(self.decoder.start(torch.from_numpy(grid_BPC), max_tokens=max_tokens))
+
+    def step(self, tokens_B, state):
+        assert isinstance(tokens_B, np.ndarray)
+        assert not torch.is_inference_mode_enabled()
+        with torch.inference_mode():
+            logits, attention, after = self.decoder.step(torch.from_numpy(tokens_B), state.state)
+        return as_numpy(logits), as_numpy(attention), NumpyState(after)
+
+
+KINDS = ("numpy", "torch")
+_chosen = {"kind": "torch"}
+
+
+def use(kind):
+    """Search with arrays of this kind from now on; see the fixture `array_kind`."""
+    assert kind in KINDS
+    _chosen["kind"] = kind
+
+
+def of_kind(decoder, grid_BPC, kind=None):
+    """Return a torch decoder and a grid as they are, or in NumPy."""
+    if (kind or _chosen["kind"]) == "torch":
+        return decoder, grid_BPC
+    return NumpyDecoder(decoder), grid_BPC.numpy()
+
+
+def search(decoder, grid_BPC, **arguments):
+    """Search with arrays of the chosen kind."""
+    return captioner.search.search(*of_kind(decoder, grid_BPC), **arguments)
+
+
+def stream(decoder, grid_BPC, **arguments):
+    """Stream with arrays of the chosen kind."""
+    return captioner.search.stream(*of_kind(decoder, grid_BPC), **arguments)
+
+
 def run(decoder, grid_BPC, options, **phrases):
     return search(decoder, grid_BPC, vocabulary=decoder.vocabulary, options=options, **phrases)
 
@@ -200,11 +268,18 @@ def words_of(hypotheses):
     return [hypothesis.token_ids for hypothesis in hypotheses]
 
 
+def assert_close(found, expected, **tolerances):
+    """Assert that NumPy arrays of float32 are equal but for rounding to another one, or to a tensor."""
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(found), torch.as_tensor(expected), **tolerances)
+
+
 def assert_same(left, right):
     assert words_of(left) == words_of(right)
     for a, b in zip(left, right, strict=True):
         assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-5)
         assert a.end_log_probability == pytest.approx(b.end_log_probability, abs=1e-5)
         assert a.finished == b.finished
-        torch.testing.assert_close(a.attention_TP, b.attention_TP)
-        torch.testing.assert_close(a.attention_heads_TLHP, b.attention_heads_TLHP)
+        assert_close(a.attention_TP, b.attention_TP)
+        assert_close(a.attention_heads_TLHP, b.attention_heads_TLHP)

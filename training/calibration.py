@@ -21,9 +21,9 @@ from torch import Tensor
 from captioner import Captioner
 from captioner.caption import Caption
 from captioner.checkpoint import Checkpoint
-from captioner.confidence import Familiarity
 from captioner.config import ConfidenceConfig
 from captioner.errors import DataError
+from captioner.familiarity import Familiarity
 from captioner.images import Source
 from captioner.metrics import CiderD
 from captioner.metrics import tokenize as ptb_tokenize

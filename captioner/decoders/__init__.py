@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AdditiveDecoder", "Decoder", "DecoderState", "MeanDecoder", "MultiheadDecoder"]
 
-# What needs torch comes in when it is first asked for: the protocol does without.
-_LATER = {"AdditiveDecoder": "additive", "MeanDecoder": "mean", "MultiheadDecoder": "multihead"}
+# These are torch modules, which come in when they are first asked for: a search on other decoders needs no torch.
+_LATER = {
+    "AdditiveDecoder": "captioner.decoders.additive",
+    "MeanDecoder": "captioner.decoders.mean",
+    "MultiheadDecoder": "captioner.decoders.multihead",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +29,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    value = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value

@@ -33,6 +33,8 @@ class AdditiveDecoder(nn.Module):
         dropout: on embeddings and output, in training.
     """
 
+    normalised = False
+
     def __init__(
         self,
         *,

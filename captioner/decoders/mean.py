@@ -32,6 +32,8 @@ class MeanDecoder(nn.Module):
         dropout: on embeddings and output, in training.
     """
 
+    normalised = False
+
     def __init__(
         self,
         *,

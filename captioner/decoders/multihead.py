@@ -133,6 +133,8 @@ class MultiheadDecoder(nn.Module):
         ConfigError: when `heads` does not divide `dim`.
     """
 
+    normalised = False
+
     def __init__(
         self,
         *,

@@ -3,14 +3,15 @@
 Shapes: B pictures, or hypotheses (one row each); N rows after a selection; P grid cells, row by row; C
 channels of the encoder; V tokens of the vocabulary; T steps; L layers and H heads of the decoder's attention
 over the grid.
+
+Arrays are NumPy's or torch's, all of one kind and on one device: those of the grid that `start` is given.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol, Self, runtime_checkable
 
-from torch import Tensor
-
+from captioner.arrays import Array
 from captioner.errors import ConfigError
 
 
@@ -60,15 +61,15 @@ class DecoderState(Protocol):
     Attributes:
         attention_heads_BLHP: attention over the grid of the last step, every layer and head; each row of P
             cells is non-negative and sums to 1. Empty along B before the first step. Decoders with one read
-            of the grid have L = H = 1. A later step must not write into this tensor: a search keeps it.
+            of the grid have L = H = 1. A later step must not write into this array: a search keeps it.
     """
 
     @property
-    def attention_heads_BLHP(self) -> Tensor:
+    def attention_heads_BLHP(self) -> Array:
         """Attention of the last step; see the class."""
         ...
 
-    def select(self, index_N: Tensor) -> Self:
+    def select(self, index_N: Array) -> Self:
         """Return the state of the named rows, in that order; a row may be named often or not at all.
 
         Args:
@@ -87,7 +88,11 @@ class Decoder(Protocol):
     max_tokens: int
     """Longest sequence it can write, end token included."""
 
-    def start(self, grid_BPC: Tensor, *, max_tokens: int | None = None) -> DecoderState:
+    normalised: bool
+    """Whether the logits of `step` are log-probabilities already, so that a search need not take their log-softmax. If
+    so, all of a row must be NaN when one of its scores was NaN or +inf: a search looks at one column."""
+
+    def start(self, grid_BPC: Array, *, max_tokens: int | None = None) -> DecoderState:
         """Look at the pictures once and return the state before the first step.
 
         Args:
@@ -103,7 +108,7 @@ class Decoder(Protocol):
         """
         ...
 
-    def step(self, tokens_B: Tensor, state: Any) -> tuple[Tensor, Tensor, DecoderState]:
+    def step(self, tokens_B: Array, state: Any) -> tuple[Array, Array, DecoderState]:
         """Read one token per row and predict the next.
 
         Args:
@@ -120,7 +125,7 @@ class Decoder(Protocol):
         """
         ...
 
-    def forward(self, grid_BPC: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, grid_BPC: Array, tokens_BT: Array) -> tuple[Array, Array]:
         """Predict the token after each prefix at once (teacher forcing); equals T calls of `step`.
 
         Args:

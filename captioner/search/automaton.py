@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from captioner.arrays import Bools, Ints
 from captioner.errors import SearchError
 from captioner.search.demands import Demands
 from captioner.search.hypothesis import SearchVocabulary
@@ -44,14 +44,14 @@ class Automaton:
         named_ids: the tokens that phrases name and that may be written.
     """
 
-    class_V: Tensor
-    next_SA: Tensor
-    met_S: Tensor
-    bank_S: Tensor
+    class_V: Ints
+    next_SA: Ints
+    met_S: Bools
+    bank_S: Ints
     banks: int
     named_ids: tuple[int, ...]
 
-    def completable(self, *, min_words: int, max_words: int) -> Tensor:
+    def completable(self, *, min_words: int, max_words: int) -> Bools:
         """Tell from which states a caption can still be completed.
 
         Args:
@@ -63,12 +63,12 @@ class Automaton:
             once or continued so that every demand is met in time. No caption has max_words + 1 words: the
             last row is False.
         """
-        used_A = torch.bincount(self.class_V, minlength=self.next_SA.shape[1]) > 0
+        used_A = np.bincount(self.class_V, minlength=self.next_SA.shape[1]) > 0
         used_A[END] = False
         after_SA = self.next_SA[:, used_A]
-        table_TS = torch.zeros(max_words + 2, len(self.met_S), dtype=torch.bool)
+        table_TS = np.zeros((max_words + 2, len(self.met_S)), dtype=np.bool_)
         for words in range(max_words, -1, -1):
-            table_TS[words] = table_TS[words + 1][after_SA].any(dim=1)
+            table_TS[words] = table_TS[words + 1][after_SA].any(axis=1)
             if words >= min_words:
                 table_TS[words] |= self.met_S
         return table_TS
@@ -95,18 +95,18 @@ def build_automaton(demands: Demands, vocabulary: SearchVocabulary) -> Automaton
     required = _outermost(phrase.token_ids for phrase in demands.must_include)
     grams = {gram for text in required for gram in _ngrams(text, demands.no_repeat_ngram)}
     trie = _Trie([*bans, *required, *grams], never=forbidden, required=len(required))
-    class_V = torch.full((vocabulary.size,), OTHER)
+    class_V = np.full(vocabulary.size, OTHER, dtype=np.int64)
     class_V[sorted(forbidden)] = FORBIDDEN
     class_V[vocabulary.end_id] = END
-    class_V[trie.named] = torch.arange(NAMED, trie.classes)
+    class_V[trie.named] = np.arange(NAMED, trie.classes)
     bank_NM = _progress(trie, required)
-    progress, bank_S = torch.unique(torch.cat([bank_NM.flatten(), bank_NM.new_zeros(1)]), return_inverse=True)
-    met_NM = torch.zeros_like(bank_NM, dtype=torch.bool)
+    progress, bank_S = np.unique(np.append(bank_NM, 0), return_inverse=True)
+    met_NM = np.zeros_like(bank_NM, dtype=np.bool_)
     met_NM[:, -1] = True
     return Automaton(
         class_V=class_V,
         next_SA=_transitions(trie, bans=bans, required=required, ngram=demands.no_repeat_ngram),
-        met_S=torch.cat([met_NM.flatten(), met_NM.new_zeros(1)]),
+        met_S=np.append(met_NM, False),
         bank_S=bank_S,
         banks=len(progress),
         named_ids=tuple(trie.named),
@@ -129,8 +129,8 @@ class _Trie:
             )
         self.next_NA = self._link({text: node for node, text in enumerate(self.nodes)})
 
-    def _link(self, node_of: dict[_Text, int]) -> Tensor:
-        next_NA = torch.zeros(len(self.nodes), self.classes, dtype=torch.int64)
+    def _link(self, node_of: dict[_Text, int]) -> Ints:
+        next_NA = np.zeros((len(self.nodes), self.classes), dtype=np.int64)
         children: dict[_Text, list[tuple[int, int]]] = {text: [] for text in self.nodes}
         for node, text in enumerate(self.nodes[1:], start=1):
             if text[-1] in self.class_of:
@@ -144,9 +144,9 @@ class _Trie:
                 next_NA[node, place] = child
         return next_NA
 
-    def ending_with(self, end: _Text) -> Tensor:
+    def ending_with(self, end: _Text) -> Bools:
         """Return bool [N]: which nodes end with these words."""
-        return torch.tensor([text[len(text) - len(end) :] == end for text in self.nodes])
+        return np.array([text[len(text) - len(end) :] == end for text in self.nodes])
 
 
 def _ends(text: _Text) -> Iterator[_Text]:
@@ -165,49 +165,49 @@ def _outermost(texts: Iterable[_Text]) -> list[_Text]:
     return [text for text in unique if not any(other != text and text in _ngrams(other, len(text)) for other in unique)]
 
 
-def _sets(count: int) -> Tensor:
+def _sets(count: int) -> Ints:
     """Return int64 [M]: every set of so many phrases as a bit mask; the last holds all."""
-    return torch.arange(1 << count)
+    return np.arange(1 << count)
 
 
-def _progress(trie: _Trie, required: list[_Text]) -> Tensor:
+def _progress(trie: _Trie, required: list[_Text]) -> Ints:
     """Return int64 [N, M]: words of phrases that have occurred, and of the open phrase that is furthest."""
     met_M = _sets(len(required))
-    whole_NM = torch.zeros(len(trie.nodes), len(met_M), dtype=torch.int64)
-    part_NM = whole_NM.clone()
+    whole_NM = np.zeros((len(trie.nodes), len(met_M)), dtype=np.int64)
+    part_NM = np.zeros_like(whole_NM)
     for bit, text in enumerate(required):
-        is_met_M = (met_M >> bit & 1).bool()
+        is_met_M = (met_M >> bit & 1) == 1
         whole_NM += is_met_M * len(text)
-        part_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
+        part_N = np.zeros(len(trie.nodes), dtype=np.int64)
         for length in range(1, len(text)):
             part_N[trie.ending_with(text[:length])] = length
-        part_NM = part_NM.maximum(part_N[:, None] * ~is_met_M)
+        part_NM = np.maximum(part_NM, part_N[:, None] * ~is_met_M)
     return whole_NM + part_NM
 
 
-def _transitions(trie: _Trie, *, bans: list[_Text], required: list[_Text], ngram: int) -> Tensor:
+def _transitions(trie: _Trie, *, bans: list[_Text], required: list[_Text], ngram: int) -> Ints:
     """Return next_SA: the node moves in the trie, complete phrases join the set, a broken demand is dead."""
     met_M = _sets(len(required))
     dead = len(trie.nodes) * len(met_M)
-    gained_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
+    gained_N = np.zeros(len(trie.nodes), dtype=np.int64)
     for bit, text in enumerate(required):
         gained_N[trie.ending_with(text)] |= 1 << bit
     banned = set(bans)
-    banned_N = torch.tensor([any(end in banned for end in _ends(text)) for text in trie.nodes])
+    banned_N = np.array([any(end in banned for end in _ends(text)) for text in trie.nodes])
     met_NMA = met_M[None, :, None] | gained_N[trie.next_NA][:, None, :]
     next_NMA = trie.next_NA[:, None, :] * len(met_M) + met_NMA
-    next_NMA.masked_fill_(banned_N[trie.next_NA][:, None, :], dead)
+    np.putmask(next_NMA, np.broadcast_to(banned_N[trie.next_NA][:, None, :], next_NMA.shape), dead)
     next_NMA[:, :, FORBIDDEN] = dead
     if ngram:
         open_NA, done_NA = _repeats(trie, required=required, ngram=ngram)
         breaks = (open_NA[:, None, :] & ~met_M[None, :, None]) | (done_NA[:, None, :] & met_M[None, :, None])
-        next_NMA.masked_fill_(breaks != 0, dead)
-    next_SA = torch.cat([next_NMA.flatten(0, 1), torch.full((1, trie.classes), dead)])
-    next_SA[:, END] = torch.arange(len(next_SA))
+        next_NMA[breaks != 0] = dead
+    next_SA = np.concatenate([next_NMA.reshape(dead, -1), np.full((1, trie.classes), dead)])
+    next_SA[:, END] = np.arange(len(next_SA))
     return next_SA
 
 
-def _repeats(trie: _Trie, *, required: list[_Text], ngram: int) -> tuple[Tensor, Tensor]:
+def _repeats(trie: _Trie, *, required: list[_Text], ngram: int) -> tuple[Ints, Ints]:
     """Find the moves that no_repeat_ngram forbids because of a required phrase.
 
     The phrase needs its n-grams for itself. While it is open, an n-gram of it may only be written as part of
@@ -223,16 +223,16 @@ def _repeats(trie: _Trie, *, required: list[_Text], ngram: int) -> tuple[Tensor,
         Two int64 [N, A] of phrases as bits: which phrase, while open, forbids the move; which, when it has
         occurred.
     """
-    open_N = torch.zeros(len(trie.nodes), dtype=torch.int64)
-    done_N = open_N.clone()
-    abandons_NA = torch.zeros_like(trie.next_NA)
+    open_N = np.zeros(len(trie.nodes), dtype=np.int64)
+    done_N = np.zeros_like(open_N)
+    abandons_NA = np.zeros_like(trie.next_NA)
     for bit, text in enumerate(required):
         for end, gram in enumerate(_ngrams(text, ngram), start=ngram):
             written_N, in_place_N = trie.ending_with(gram), trie.ending_with(text[:end])
             done_N[written_N] |= 1 << bit
             open_N[written_N & ~in_place_N] |= 1 << bit
             if end < len(text):
-                others_A = torch.ones(trie.classes, dtype=torch.bool)
+                others_A = np.ones(trie.classes, dtype=np.bool_)
                 if text[end] in trie.class_of:
                     others_A[trie.class_of[text[end]]] = False
                 abandons_NA[in_place_N[:, None] & others_A] |= 1 << bit

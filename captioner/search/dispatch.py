@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 
-import torch
-from torch import Tensor
-
+from captioner.arrays import Array, inference
 from captioner.config import SearchOptions
 from captioner.decoders.protocol import Decoder
 from captioner.errors import ConfigError, SearchError
@@ -21,7 +19,7 @@ from captioner.search.trace import Ending, Path
 
 def search(
     decoder: Decoder,
-    grid_BPC: Tensor,
+    grid_BPC: Array,
     *,
     vocabulary: SearchVocabulary,
     options: SearchOptions,
@@ -55,17 +53,16 @@ def search(
     """
     if len(grid_BPC) == 0:
         return []
-    with torch.inference_mode():
+    with inference(grid_BPC):
         engine = _start(decoder, grid_BPC, vocabulary=vocabulary, options=options, must_include=must_include, ban=ban)
         while engine.open:
             engine.step()
-    # Outside of inference mode, so that the maps are ordinary tensors.
-    return _results(engine, pictures=len(grid_BPC), options=options)
+        return _results(engine, pictures=len(grid_BPC), options=options)
 
 
 def stream(
     decoder: Decoder,
-    grid_1PC: Tensor,
+    grid_1PC: Array,
     *,
     vocabulary: SearchVocabulary,
     options: SearchOptions,
@@ -93,26 +90,27 @@ def stream(
         raise ConfigError(f"a stream is one caption, got n_best={options.n_best}; set n_best=1")
     if len(grid_1PC) != 1:
         raise ConfigError(f"a stream is of one picture, got {len(grid_1PC)}")
-    with torch.inference_mode():
+    with inference(grid_1PC):
         engine = _start(decoder, grid_1PC, vocabulary=vocabulary, options=options, must_include=(), ban=ban)
-    return _words(engine, options)
+    return _words(engine, options, like=grid_1PC)
 
 
-def _words(engine: Engine, options: SearchOptions) -> Iterator[StreamedWord]:
+def _words(engine: Engine, options: SearchOptions, *, like: Array) -> Iterator[StreamedWord]:
     while True:
         # Not around the loop: between two words the caller's code runs, and it is not to run in inference
         # mode.
-        with torch.inference_mode():
+        with inference(like):
             engine.step()
-        if not engine.open:
+            word = engine.trace.last_word(row=0) if engine.open else None
+        if word is None:
             break
-        yield engine.trace.last_word(row=0)
-    _require_endings([engine.trace.endings()], engine.constraints.demands, options)
+        yield word
+    _require_endings([engine.trace.endings], engine.constraints.demands, options)
 
 
 def _start(
     decoder: Decoder,
-    grid_BPC: Tensor,
+    grid_BPC: Array,
     *,
     vocabulary: SearchVocabulary,
     options: SearchOptions,
@@ -127,13 +125,10 @@ def _start(
         must_include=tuple(must_include),
         ban=tuple(ban),
     )
-    device = grid_BPC.device
-    constraints = Constraints(demands, vocabulary, device=device)
-    method: Method
-    if options.method == "sample":
-        method = SampleMethod(options)
-    else:  # greedy search is a beam of one
-        method = BeamMethod(options, constraints, pictures=len(grid_BPC), device=device)
+    constraints = Constraints(demands, vocabulary, like=grid_BPC)
+    # Greedy search is a beam of one.
+    sample = options.method == "sample"
+    method: Method = SampleMethod(options) if sample else BeamMethod(options, constraints, like=grid_BPC)
     return Engine(decoder, grid_BPC, vocabulary=vocabulary, constraints=constraints, method=method)
 
 
@@ -156,18 +151,17 @@ def _check(decoder: Decoder, options: SearchOptions, must_include: Sequence[Phra
 def _results(engine: Engine, *, pictures: int, options: SearchOptions) -> list[list[Hypothesis]]:
     """Rank the captions of each picture, drop repeated ones, and collect the maps of those returned."""
     trace = engine.trace
-    endings = trace.endings()
+    endings = trace.endings
     length_penalty = options.length_penalty if options.method == "beam" else 1.0
     of_picture: list[dict[tuple[int, ...], tuple[Ending, Path]]] = [{} for _ in range(pictures)]
 
     def rank(found: tuple[Ending, Path]) -> tuple[bool, float]:
         ending, path = found
-        log_probs = tuple(step.log_probability for step in path)
-        score = rank_score(log_probs, ending.end_log_probability, length_penalty=length_penalty)
+        score = rank_score(path.log_probabilities, ending.end_log_probability, length_penalty=length_penalty)
         return ending.end_log_probability is None, -score
 
     for ending, path in sorted(zip(endings, trace.paths(endings), strict=True), key=rank):
-        of_picture[ending.picture].setdefault(tuple(step.token_id for step in path), (ending, path))
+        of_picture[ending.picture].setdefault(path.token_ids, (ending, path))
     _require_endings(of_picture, engine.constraints.demands, options)
     best = [list(distinct.values())[: options.n_best] for distinct in of_picture]
     hypotheses = iter(trace.hypotheses([found for chosen in best for found in chosen]))

@@ -3,6 +3,10 @@
 All pictures and all their hypotheses are rows of one batch. A picture has as many slots W as the picture with
 the most open hypotheses needs; slots without one are not alive: they are computed, for the shape's sake, and
 never chosen.
+
+What has an entry per token of the vocabulary stays with the decoder, in arrays of its kind. A method reduces it to C
+candidates a row; they come to the host with the one wait of a step, and what follows is NumPy's: on so few numbers it
+is faster than a device.
 """
 
 from __future__ import annotations
@@ -10,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from captioner.arrays import Array, Bools, Floats, Ints, fetch, float32, log_softmax, namespace, send
 from captioner.decoders.protocol import Decoder
 from captioner.errors import SearchError
 from captioner.search.constraints import Constraints, Progress
@@ -25,20 +29,20 @@ class Rows:
     """The open hypotheses; row n = b x W + w of the decoder is slot w of picture b.
 
     Args:
-        picture_B: int64, which picture of the batch each line is.
-        alive_BW: bool, whether a slot holds a hypothesis.
+        picture_B: which picture of the batch each line is.
+        alive_BW: whether a slot holds a hypothesis.
         sum_BW: sum of its log-probabilities under the model.
-        lane_BW: int64, the group of a diverse beam it belongs to; -1 before the first word: every group.
-        token_N: int64, the last word, or the start token.
+        lane_BW: the group of a diverse beam it belongs to; -1 before the first word: every group.
+        token_N: the last word, or the start token.
         progress: on the demands.
         words: number of words that every hypothesis has.
     """
 
-    picture_B: Tensor
-    alive_BW: Tensor
-    sum_BW: Tensor
-    lane_BW: Tensor
-    token_N: Tensor
+    picture_B: Ints
+    alive_BW: Bools
+    sum_BW: Floats
+    lane_BW: Ints
+    token_N: Ints
     progress: Progress
     words: int
 
@@ -48,26 +52,44 @@ class Choice:
     """The tokens chosen at one step, best first within a lane.
 
     Args:
-        slot_BJ: int64, the slot that each goes on from.
-        token_BJ: int64, words or the end token.
-        lane_BJ: int64.
-        valid_BJ: bool; False fills up the shape.
+        parent_BJ: the row that each goes on from.
+        token_BJ: words or the end token.
+        lane_BJ: see `Rows`.
+        valid_BJ: False fills up the shape.
+        log_prob_BJ: of the token under the model.
+        sum_BJ: of the hypothesis with it.
     """
 
-    slot_BJ: Tensor
-    token_BJ: Tensor
-    lane_BJ: Tensor
-    valid_BJ: Tensor
+    parent_BJ: Ints
+    token_BJ: Ints
+    lane_BJ: Ints
+    valid_BJ: Bools
+    log_prob_BJ: Floats
+    sum_BJ: Floats
 
 
 class Method(Protocol):
     """How words are chosen."""
 
-    def choose(self, log_probs_NV: Tensor, rows: Rows) -> Choice:
-        """Choose tokens for every picture.
+    def offer(self, log_probs_NV: Array, rows: Rows) -> tuple[Array, Array]:
+        """Reduce the vocabulary to candidates, on the decoder's device.
 
         Args:
             log_probs_NV: under the model, -inf where forbidden.
+            rows: the open hypotheses.
+
+        Returns:
+            Log-probability and token, [N, C] each; -inf throughout a row only where no permitted token has any
+            probability.
+        """
+        ...
+
+    def choose(self, log_prob_NC: Floats, token_NC: Ints, rows: Rows) -> Choice:
+        """Choose tokens for every picture, on the host.
+
+        Args:
+            log_prob_NC: of the candidates.
+            token_NC: the candidates.
             rows: the open hypotheses.
 
         Returns:
@@ -75,13 +97,12 @@ class Method(Protocol):
         """
         ...
 
-    def settle(self, choice: Choice, *, ends_BJ: Tensor, sum_BJ: Tensor, words: int) -> Tensor:
+    def settle(self, choice: Choice, *, ends_BJ: Bools, words: int) -> Bools:
         """Take note of what ended, and say which pictures are done.
 
         Args:
             choice: of this step.
-            ends_BJ: bool, what ended.
-            sum_BJ: sums of log-probabilities with the chosen token.
+            ends_BJ: what ended.
             words: number of words that open hypotheses have now.
 
         Returns:
@@ -89,9 +110,22 @@ class Method(Protocol):
         """
         ...
 
-    def keep(self, line_B: Tensor) -> None:
+    def keep(self, line_B: Ints) -> None:
         """Go on with these lines of the batch alone."""
         ...
+
+
+def read_log_probs(decoder: Decoder, logits_NV: Array) -> Array:
+    """Return the log-probabilities of a decoder's logits.
+
+    Args:
+        decoder: whose they are.
+        logits_NV: of one step.
+
+    Returns:
+        float32 [N, V].
+    """
+    return float32(logits_NV) if decoder.normalised else log_softmax(logits_NV)
 
 
 class Engine:
@@ -108,7 +142,7 @@ class Engine:
     def __init__(
         self,
         decoder: Decoder,
-        grid_BPC: Tensor,
+        grid_BPC: Array,
         *,
         vocabulary: SearchVocabulary,
         constraints: Constraints,
@@ -116,18 +150,19 @@ class Engine:
     ) -> None:
         self.trace = Trace()
         self._decoder = decoder
+        self._like = grid_BPC
         self._vocabulary = vocabulary
         self.constraints = constraints
         self._method = method
         self._max_words = constraints.demands.max_words
-        pictures, device = len(grid_BPC), grid_BPC.device
+        pictures = len(grid_BPC)
         self._state = decoder.start(grid_BPC, max_tokens=self._max_words + 1)
         self.rows = Rows(
-            picture_B=torch.arange(pictures, device=device),
-            alive_BW=torch.ones(pictures, 1, dtype=torch.bool, device=device),
-            sum_BW=torch.zeros(pictures, 1, dtype=torch.float32, device=device),
-            lane_BW=torch.full((pictures, 1), -1, device=device),
-            token_N=torch.full((pictures,), vocabulary.start_id, device=device),
+            picture_B=np.arange(pictures),
+            alive_BW=np.ones((pictures, 1), dtype=np.bool_),
+            sum_BW=np.zeros((pictures, 1), dtype=np.float32),
+            lane_BW=np.full((pictures, 1), -1),
+            token_N=np.full(pictures, vocabulary.start_id),
             progress=constraints.start(pictures),
             words=0,
         )
@@ -146,91 +181,78 @@ class Engine:
         rows = self.rows
         log_probs_NV = self._read()
         permitted_NV = self.constraints.permitted(log_probs_NV, rows.progress, words=rows.words)
-        self._end_stuck(log_probs_NV, permitted_NV)
-        choice = self._method.choose(permitted_NV, rows)
-        lines, width = rows.alive_BW.shape
-        parent_BJ = choice.slot_BJ + torch.arange(lines, device=choice.slot_BJ.device)[:, None] * width
-        log_prob_BJ = log_probs_NV[parent_BJ, choice.token_BJ]
-        sum_BJ = rows.sum_BW.gather(1, choice.slot_BJ) + log_prob_BJ
+        end_N = log_probs_NV[:, self._vocabulary.end_id]
+        # An end is the model's own choice unless it was forced: only then the best token matters.
+        forced = rows.words == self._max_words
+        best_N = namespace(log_probs_NV).max(log_probs_NV, axis=1) if forced else end_N
+        # The one wait for the device in a step.
+        log_prob_NC, token_NC, end_N, best_N = fetch(*self._method.offer(permitted_NV, rows), end_N, best_N)
+        self._require_numbers(end_N)
+        self._end_stuck(log_prob_NC, end_N)
+        choice = self._method.choose(log_prob_NC, token_NC, rows)
         ends_BJ = choice.valid_BJ & (choice.token_BJ == self._vocabulary.end_id)
-        self._end(log_probs_NV, row_BJ=parent_BJ, ends_BJ=ends_BJ)
-        done_B = self._method.settle(choice, ends_BJ=ends_BJ, sum_BJ=sum_BJ, words=rows.words + 1)
-        open_BJ = choice.valid_BJ & ~ends_BJ & ~done_B[:, None]
-        # The one wait for the device in a step: whether the model gave NaN, and who goes on.
-        broken_B = (log_probs_NV[:, 0].isnan().view(lines, width) & rows.alive_BW).any(dim=1)
-        broken, counts = torch.stack([broken_B.long(), open_BJ.sum(dim=1)]).tolist()
-        if any(broken):
-            picture = int(rows.picture_B[broken.index(1)])
-            raise SearchError(
-                f"picture {picture} of the batch: the model gave NaN or infinite scores for word {rows.words + 1}; "
-                "its weights or the picture's features are damaged",
-                picture=picture,
-            )
-        self._go_on(choice, counts, parent_BJ=parent_BJ, log_prob_BJ=log_prob_BJ, sum_BJ=sum_BJ, open_BJ=open_BJ)
+        if ends_BJ.any():
+            self._end(ends_BJ, choice.parent_BJ, end_N, natural_N=end_N == best_N)
+        done_B = self._method.settle(choice, ends_BJ=ends_BJ, words=rows.words + 1)
+        self._go_on(choice, open_BJ=choice.valid_BJ & ~ends_BJ & ~done_B[:, None])
 
-    def _read(self) -> Tensor:
-        logits_NV, attention_NP, self._state = self._decoder.step(self.rows.token_N, self._state)
+    def _read(self) -> Array:
+        logits_NV, attention_NP, self._state = self._decoder.step(send(self.rows.token_N, self._like), self._state)
         if logits_NV.shape[-1] != self._vocabulary.size:
             raise SearchError(
                 f"the vocabulary has {self._vocabulary.size} tokens, the model scores {logits_NV.shape[-1]}; "
                 "use the tokenizer of this model"
             )
         self.trace.read(attention_NP, self._state.attention_heads_BLHP)
+        return read_log_probs(self._decoder, logits_NV)
+
+    def _require_numbers(self, end_N: Floats) -> None:
         # One NaN or +inf makes the log-softmax of its whole row NaN, so that looking at one column is enough.
-        return logits_NV.float().log_softmax(dim=-1)
+        broken_B = (np.isnan(end_N).reshape(self.rows.alive_BW.shape) & self.rows.alive_BW).any(axis=1)
+        if broken_B.any():
+            picture = int(self.rows.picture_B[broken_B.argmax()])
+            raise SearchError(
+                f"picture {picture} of the batch: the model gave NaN or infinite scores for word "
+                f"{self.rows.words + 1}; its weights or the picture's features are damaged",
+                picture=picture,
+            )
 
-    def _end(self, log_probs_NV: Tensor, *, row_BJ: Tensor, ends_BJ: Tensor) -> None:
-        end_N = log_probs_NV[:, self._vocabulary.end_id]
-        natural_N = torch.ones_like(end_N, dtype=torch.bool)
-        if self.rows.words == self._max_words:
-            natural_N = end_N == log_probs_NV.amax(dim=1)
-        self.trace.end(
-            self.rows.picture_B,
-            row_BJ=row_BJ,
-            log_probability_BJ=end_N[row_BJ],
-            natural_BJ=natural_N[row_BJ],
-            ends_BJ=ends_BJ,
-        )
+    def _end(self, ends_BJ: Bools, row_BJ: Ints, end_N: Floats, *, natural_N: Bools) -> None:
+        line_E, column_E = ends_BJ.nonzero()
+        row_E = row_BJ[line_E, column_E]
+        self.trace.end(self.rows.picture_B[line_E], row_E, log_prob_E=end_N[row_E], natural_E=natural_N[row_E])
 
-    def _end_stuck(self, log_probs_NV: Tensor, permitted_NV: Tensor) -> None:
+    def _end_stuck(self, log_prob_NC: Floats, end_N: Floats) -> None:
         """Break off hypotheses that may end but whose every permitted token the model rules out."""
         rows = self.rows
-        may_end_N = self.constraints.may_end(rows.progress.state_N, words=rows.words)
-        stuck_N = may_end_N & (permitted_NV.amax(dim=1) == -torch.inf)
-        row_BW = torch.arange(len(stuck_N), device=stuck_N.device).view_as(rows.alive_BW)
-        self._end(log_probs_NV, row_BJ=row_BW, ends_BJ=rows.alive_BW & stuck_N.view_as(rows.alive_BW))
+        ruled_out_N = log_prob_NC.max(axis=1) == -np.inf
+        if ruled_out_N.any():
+            stuck_N = ruled_out_N & self.constraints.may_end(rows.progress, words=rows.words)
+            stuck_BW = rows.alive_BW & stuck_N.reshape(rows.alive_BW.shape)
+            row_BW = np.arange(stuck_N.size).reshape(rows.alive_BW.shape)
+            self._end(stuck_BW, row_BW, end_N, natural_N=np.zeros_like(stuck_N))
 
-    def _go_on(
-        self,
-        choice: Choice,
-        counts: list[int],
-        *,
-        parent_BJ: Tensor,
-        log_prob_BJ: Tensor,
-        sum_BJ: Tensor,
-        open_BJ: Tensor,
-    ) -> None:
+    def _go_on(self, choice: Choice, *, open_BJ: Bools) -> None:
         """Pack the open hypotheses of the pictures that have any into as few slots as hold them."""
-        lines, width = [line for line, count in enumerate(counts) if count], max(counts)
-        line_B = torch.tensor(lines, dtype=torch.int64, device=open_BJ.device)
-        slot_BW = (~open_BJ[line_B]).byte().argsort(dim=1, stable=True)[:, :width]
-
-        def pack(values_BJ: Tensor) -> Tensor:
-            return values_BJ[line_B].gather(1, slot_BW)
-
-        parent_N = pack(parent_BJ).flatten()
-        token_N = pack(choice.token_BJ).flatten()
-        self.trace.write(parent_N, token_N, pack(log_prob_BJ).flatten())
-        self._method.keep(line_B)
+        lines, columns = open_BJ.shape
+        counts_B = open_BJ.sum(axis=1)
+        line_B = counts_B.nonzero()[0]
+        slot_BW = (~open_BJ[line_B]).argsort(axis=1, kind="stable")[:, : counts_B.max()]
+        place_BW = slot_BW + (line_B * columns)[:, None]
+        parent_N = choice.parent_BJ.reshape(-1)[place_BW].reshape(-1)
+        token_N = choice.token_BJ.reshape(-1)[place_BW].reshape(-1)
+        self.trace.write(parent_N, token_N, choice.log_prob_BJ.reshape(-1)[place_BW].reshape(-1))
         rows = self.rows
         self.rows = Rows(
             picture_B=rows.picture_B[line_B],
-            alive_BW=pack(open_BJ),
-            sum_BW=pack(sum_BJ),
-            lane_BW=pack(choice.lane_BJ),
+            alive_BW=open_BJ.reshape(-1)[place_BW],
+            sum_BW=choice.sum_BJ.reshape(-1)[place_BW],
+            lane_BW=choice.lane_BJ.reshape(-1)[place_BW],
             token_N=token_N,
             progress=self.constraints.advance(rows.progress, parent_N, token_N),
             words=rows.words + 1,
         )
-        if lines:
-            self._state = self._state.select(parent_N)
+        if len(line_B) < lines:
+            self._method.keep(line_B)
+        if len(line_B):
+            self._state = self._state.select(send(parent_N, self._like))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import replace
 
-from torch import Tensor
-
+from captioner.arrays import Bools
 from captioner.config import WORDS_LIMIT
 from captioner.errors import SearchError
 from captioner.search.automaton import START, Automaton, build_automaton
@@ -14,7 +14,7 @@ from captioner.search.demands import Demands
 from captioner.search.hypothesis import Phrase, SearchVocabulary
 
 
-def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, Tensor]:
+def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, Bools]:
     """Build the automaton of demands that can be met together.
 
     Args:
@@ -27,6 +27,12 @@ def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[
     Raises:
         SearchError: when a phrase cannot be written, or naming demands that exclude each other.
     """
+    # Most searches demand no phrase, and their tables are small; those of phrases can be of megabytes.
+    phrases = demands.must_include or demands.ban
+    return _build(demands, vocabulary) if phrases else _build_once(demands, vocabulary)
+
+
+def _build(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, Bools]:
     for name, phrases in (("must_include", demands.must_include), ("ban", demands.ban)):
         for phrase in phrases:
             _check_phrase(name, phrase, vocabulary)
@@ -41,6 +47,9 @@ def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[
     if not table_TS[0, START]:
         raise SearchError(_explain(demands, vocabulary))
     return automaton, table_TS
+
+
+_build_once = functools.lru_cache(maxsize=64)(_build)
 
 
 def _check_phrase(name: str, phrase: Phrase, vocabulary: SearchVocabulary) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from captioner.arrays import Floats
 from captioner.errors import ConfigError
 
 
@@ -68,16 +67,16 @@ class Hypothesis:
         end_log_probability: of the end token; None when the model gave the end no probability at all.
         finished: False when the caption was broken off: at `max_words` where the end was not the model's own
             first choice, or where neither the end nor a permitted word had any probability.
-        attention_TP: float32 on the CPU; where the model looked for each word, one row per word.
-        attention_heads_TLHP: float32 on the CPU; the same, every layer and head.
+        attention_TP: where the model looked for each word, one row per word.
+        attention_heads_TLHP: the same, every layer and head.
     """
 
     token_ids: tuple[int, ...]
     log_probabilities: tuple[float, ...]
     end_log_probability: float | None
     finished: bool
-    attention_TP: Tensor
-    attention_heads_TLHP: Tensor
+    attention_TP: Floats
+    attention_heads_TLHP: Floats
 
     @property
     def score(self) -> float:
@@ -92,14 +91,14 @@ class StreamedWord:
     Args:
         token_id: the word.
         log_probability: under the model itself.
-        attention_P: float32 on the CPU; where the model looked for it.
-        attention_heads_LHP: float32 on the CPU; the same, every layer and head.
+        attention_P: where the model looked for it.
+        attention_heads_LHP: the same, every layer and head.
     """
 
     token_id: int
     log_probability: float
-    attention_P: Tensor
-    attention_heads_LHP: Tensor
+    attention_P: Floats
+    attention_heads_LHP: Floats
 
 
 def rank_score(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from captioner.arrays import Array, fetch, float32, inference, namespace, send, to_numpy
 from captioner.decoders.protocol import Decoder
 from captioner.errors import SearchError
+from captioner.search.engine import read_log_probs
 from captioner.search.hypothesis import Hypothesis, SearchVocabulary
 
 
 def score_tokens(
-    decoder: Decoder, grid_1PC: Tensor, *, vocabulary: SearchVocabulary, token_ids: Sequence[int]
+    decoder: Decoder, grid_1PC: Array, *, vocabulary: SearchVocabulary, token_ids: Sequence[int]
 ) -> Hypothesis:
     """Force the decoder through given words and return them as if they had been found.
 
@@ -33,15 +34,17 @@ def score_tokens(
     if not 0 < len(token_ids) < decoder.max_tokens:
         raise SearchError(f"a sentence to score must have 1 to {decoder.max_tokens - 1} words, got {len(token_ids)}")
     steps, attention, heads = [], [], []
-    with torch.inference_mode():
+    with inference(grid_1PC):
         state = decoder.start(grid_1PC, max_tokens=len(token_ids) + 1)
         read = [vocabulary.start_id, *token_ids]
         for token, following in zip(read, [*token_ids, vocabulary.end_id], strict=True):
-            logits_1V, attention_1P, state = decoder.step(torch.tensor([token], device=grid_1PC.device), state)
-            steps.append(logits_1V[0].float().log_softmax(dim=-1)[following])
-            attention.append(attention_1P[0])
-            heads.append(state.attention_heads_BLHP[0])
-        log_probabilities = torch.stack(steps).tolist()
+            logits_1V, attention_1P, state = decoder.step(send(np.array([token]), grid_1PC), state)
+            steps.append(read_log_probs(decoder, logits_1V)[:, following])
+            attention.append(attention_1P)
+            heads.append(state.attention_heads_BLHP)
+        xp = namespace(grid_1PC)
+        log_probabilities = fetch(xp.concat(steps))[0].tolist()
+        attention_TP, heads_TLHP = (to_numpy(float32(xp.concat(maps[:-1]))) for maps in (attention, heads))
     if any(math.isnan(value) for value in log_probabilities):
         raise SearchError("the model gave NaN instead of probabilities: its weights are damaged or it overflowed")
     end = log_probabilities.pop()
@@ -50,6 +53,6 @@ def score_tokens(
         log_probabilities=tuple(log_probabilities),
         end_log_probability=None if end == float("-inf") else end,
         finished=True,
-        attention_TP=torch.stack(attention[:-1]).float().cpu(),
-        attention_heads_TLHP=torch.stack(heads[:-1]).float().cpu(),
+        attention_TP=attention_TP,
+        attention_heads_TLHP=heads_TLHP,
     )

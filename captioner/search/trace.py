@@ -8,11 +8,12 @@ captions that are returned are followed back at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from captioner.arrays import Array, Bools, Floats, Ints, float32, namespace, send, to_numpy
 from captioner.search.hypothesis import Hypothesis, StreamedWord
 
 
@@ -35,72 +36,52 @@ class Ending:
     finished: bool
 
 
-class PathStep(NamedTuple):
-    """One word of a caption: the row of `read` in which it was found, and what it is."""
+class Path(NamedTuple):
+    """The words of a caption, and for each the row of `read` in which it was found."""
 
-    parent: int
-    token_id: int
-    log_probability: float
-
-
-Path = list[PathStep]
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidates:
-    """The endings of one step, still on the device: [B, J] each, those where `ends` is True."""
-
-    words: int
-    picture_B: Tensor
-    row_BJ: Tensor
-    log_probability_BJ: Tensor
-    natural_BJ: Tensor
-    ends_BJ: Tensor
+    parents: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
 
 
 class Trace:
     """Grows by one step at a time: `read`, any number of `end`, `write`."""
 
     def __init__(self) -> None:
-        self._attention: list[Tensor] = []
-        self._heads: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        self._log_probs: list[Tensor] = []
-        self._endings: list[_Candidates] = []
+        self._attention: list[Array] = []
+        self._heads: list[Array] = []
+        self._parents: list[Ints] = []
+        self._tokens: list[Ints] = []
+        self._log_probs: list[Floats] = []
+        self.endings: list[Ending] = []
+        """All endings in the order in which they were found."""
 
-    def read(self, attention_NP: Tensor, heads_NLHP: Tensor) -> None:
-        """Keep where each row looked for its next word."""
+    def read(self, attention_NP: Array, heads_NLHP: Array) -> None:
+        """Keep where each row looked for its next word, with the decoder."""
         self._attention.append(attention_NP)
         self._heads.append(heads_NLHP)
 
-    def end(
-        self,
-        picture_B: Tensor,
-        *,
-        row_BJ: Tensor,
-        log_probability_BJ: Tensor,
-        natural_BJ: Tensor,
-        ends_BJ: Tensor,
-    ) -> None:
-        """Note the rows that end after the words written so far.
+    def end(self, picture_E: Ints, row_E: Ints, *, log_prob_E: Floats, natural_E: Bools) -> None:
+        """Note rows that end after the words written so far.
 
         Args:
-            picture_B: int64, the picture of each line.
-            row_BJ: int64, rows of the last `read`.
-            log_probability_BJ: of the end token after that row.
-            natural_BJ: bool, whether the end was not forced.
-            ends_BJ: bool, which of them end.
+            picture_E: the picture of each.
+            row_E: rows of the last `read`.
+            log_prob_E: of the end token after that row.
+            natural_E: whether the end was not forced.
         """
         words = len(self._tokens)
-        self._endings.append(_Candidates(words, picture_B, row_BJ, log_probability_BJ, natural_BJ, ends_BJ))
+        columns = (picture_E.tolist(), row_E.tolist(), log_prob_E.tolist(), natural_E.tolist())
+        for picture, row, log_prob, natural in zip(*columns, strict=True):
+            possible = log_prob > -np.inf
+            self.endings.append(Ending(picture, words, row, log_prob if possible else None, natural and possible))
 
-    def write(self, parents_N: Tensor, tokens_N: Tensor, log_probs_N: Tensor) -> None:
+    def write(self, parents_N: Ints, tokens_N: Ints, log_probs_N: Floats) -> None:
         """Keep the next word of every row that goes on.
 
         Args:
-            parents_N: int64, the row of the last `read` that each row of the next `read` goes on from.
-            tokens_N: int64, its word.
+            parents_N: the row of the last `read` that each row of the next `read` goes on from.
+            tokens_N: its word.
             log_probs_N: of that word under the model.
         """
         self._parents.append(parents_N)
@@ -109,26 +90,14 @@ class Trace:
 
     def last_word(self, row: int) -> StreamedWord:
         """Return the last word written in a row."""
-        parent = self._parents[-1][row]
-        attention_P, heads_LHP = self._attention[-1][parent], self._heads[-1][parent]
+        parent = int(self._parents[-1][row])
+        attention_P, heads_LHP = (to_numpy(float32(maps[-1][parent])) for maps in (self._attention, self._heads))
         return StreamedWord(
             token_id=int(self._tokens[-1][row]),
             log_probability=float(self._log_probs[-1][row]),
-            attention_P=attention_P.float().cpu().clone(),
-            attention_heads_LHP=heads_LHP.float().cpu().clone(),
+            attention_P=attention_P.copy(),
+            attention_heads_LHP=heads_LHP.copy(),
         )
-
-    def endings(self) -> list[Ending]:
-        """Return all endings in the order in which they were found."""
-        found = []
-        for step in self._endings:
-            line, column = step.ends_BJ.nonzero(as_tuple=True)
-            values = (step.picture_B[line], step.row_BJ[line, column], step.natural_BJ[line, column])
-            log_probs = step.log_probability_BJ[line, column].tolist()
-            for picture, row, natural, log_prob in zip(*(v.tolist() for v in values), log_probs, strict=True):
-                possible = log_prob > -torch.inf
-                found.append(Ending(picture, step.words, row, log_prob if possible else None, natural and possible))
-        return found
 
     def paths(self, endings: list[Ending]) -> list[Path]:
         """Follow captions back to their beginning.
@@ -139,19 +108,23 @@ class Trace:
         Returns:
             The words of each, in order.
         """
-        sizes = [len(tokens) for tokens in self._tokens]
-        # One transfer for all steps: on a GPU each costs a wait.
         parents, tokens, log_probs = (
-            [step.tolist() for step in torch.split(torch.cat(steps).cpu(), sizes)] if steps else []
-            for steps in (self._parents, self._tokens, self._log_probs)
+            [values.tolist() for values in steps] for steps in (self._parents, self._tokens, self._log_probs)
         )
         paths = []
         for ending in endings:
-            row, path = ending.row, []
+            row, rows = ending.row, []
             for step in reversed(range(ending.words)):
-                path.append(PathStep(parents[step][row], tokens[step][row], log_probs[step][row]))
+                rows.append(row)
                 row = parents[step][row]
-            paths.append(path[::-1])
+            rows.reverse()
+            paths.append(
+                Path(
+                    parents=tuple([parents[step][row] for step, row in enumerate(rows)]),
+                    token_ids=tuple([tokens[step][row] for step, row in enumerate(rows)]),
+                    log_probabilities=tuple([log_probs[step][row] for step, row in enumerate(rows)]),
+                )
+            )
         return paths
 
     def hypotheses(self, found: list[tuple[Ending, Path]]) -> list[Hypothesis]:
@@ -163,34 +136,34 @@ class Trace:
         Returns:
             One hypothesis per caption.
         """
-        places = [(step, word.parent) for _, path in found for step, word in enumerate(path)]
-        lengths = [len(path) for _, path in found]
-        attention = torch.split(_gather(self._attention, places), lengths)
-        heads = torch.split(_gather(self._heads, places), lengths)
+        lengths = [ending.words for ending, _ in found]
+        step_M = np.concatenate([np.arange(length) for length in lengths])
+        row_M = np.concatenate([path.parents for _, path in found])
+        starts = np.cumsum(lengths)[:-1]
+        attention = np.split(_gather(self._attention, step_M, row_M), starts)
+        heads = np.split(_gather(self._heads, step_M, row_M), starts)
         return [
             Hypothesis(
-                token_ids=tuple(word.token_id for word in path),
-                log_probabilities=tuple(word.log_probability for word in path),
+                token_ids=path.token_ids,
+                log_probabilities=path.log_probabilities,
                 end_log_probability=ending.end_log_probability,
                 finished=ending.finished,
                 # Each caption owns its maps: a view would keep those of the whole batch alive.
-                attention_TP=attention_TP.clone(),
-                attention_heads_TLHP=heads_TLHP.clone(),
+                attention_TP=attention_TP.copy(),
+                attention_heads_TLHP=heads_TLHP.copy(),
             )
             for (ending, path), attention_TP, heads_TLHP in zip(found, attention, heads, strict=True)
         ]
 
 
-def _gather(steps: list[Tensor], places: list[tuple[int, int]]) -> Tensor:
-    """Return the named (step, row) places in that order, float32 on the CPU, with one transfer."""
-    by_step = sorted(range(len(places)), key=lambda place: places[place][0])
-    rows: dict[int, list[int]] = {}
-    for place in by_step:
-        step, row = places[place]
-        rows.setdefault(step, []).append(row)
-    device = steps[0].device
-    parts = [steps[step][torch.tensor(chosen, device=device)] for step, chosen in rows.items()]
-    gathered = torch.cat(parts or [steps[0][:0]]).float().cpu()
-    in_order = torch.empty_like(gathered)
-    in_order[torch.tensor(by_step, dtype=torch.int64)] = gathered
+def _gather(steps: list[Array], step_M: Ints, row_M: Ints) -> Floats:
+    """Return the named (step, row) places in that order, float32 on the host, with one transfer."""
+    xp = namespace(steps[0])
+    by_step_M = step_M.argsort(kind="stable")
+    rows = send(row_M[by_step_M], steps[0])
+    bounds = np.searchsorted(step_M[by_step_M], np.arange(step_M.max() + 2)).tolist()
+    parts = [xp.take(steps[step], rows[start:end], axis=0) for step, (start, end) in enumerate(pairwise(bounds))]
+    gathered = to_numpy(float32(xp.concat(parts)))
+    in_order = np.empty_like(gathered)
+    in_order[by_step_M] = gathered
     return in_order
