@@ -8,23 +8,28 @@ import itertools
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from captioner.arrays import Array
 from captioner.caption import Caption, Word, make_captions, make_word
-from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.confidence import confidence
 from captioner.config import ModelConfig, SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
 from captioner.images import Source
+from captioner.model_folder import ModelFolder, copy_folder, read_folder
 from captioner.prepared import PreparedPicture, prepare
-from captioner.preprocessing import normalise
+from captioner.runtimes import Runtime, open_runtime
 from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord, score_tokens, search, stream
 from captioner.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from captioner.checkpoint import Checkpoint
+    from captioner.model import CaptionModel
 
 BATCH_LIMIT = 65_536
 
@@ -40,40 +45,74 @@ class Captioner:
     Safe to call from many threads, which share the model.
 
     Args:
-        checkpoint: model, vocabulary and card.
+        checkpoint: model, vocabulary and card, to run in PyTorch; `load` reads a model folder.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str = "auto") -> None:
-        self.device = _device(device)
-        self.model = checkpoint.model.to(self.device).eval()
-        self.tokenizer = checkpoint.tokenizer
-        self.card = checkpoint.card
-        # As it is in use: convolutions are up to twice as fast with channels last, and without batch norms.
-        self._encoder = self.model.encoder.folded().to(memory_format=torch.channels_last)
-        self._vocabulary = search_vocabulary(self.tokenizer)
+        from captioner.runtimes.pytorch import TorchRuntime
+
+        self._open(TorchRuntime(checkpoint.model, device=device), checkpoint.tokenizer, checkpoint.card)
+        self._model: CaptionModel | None = checkpoint.model
+
+    def _open(self, runtime: Runtime, tokenizer: Tokenizer, card: str) -> None:
+        self.runtime, self.tokenizer, self.card = runtime, tokenizer, card
+        self._vocabulary = search_vocabulary(tokenizer)
+        self._folder: ModelFolder | None = None
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | None = None, *, device: str = "auto") -> Captioner:
+    def load(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        runtime: str = "auto",
+        threads: int | None = None,
+    ) -> Self:
         """Load a model.
 
         Args:
             source: None for the bundled model, which needs no network; a folder; or a hub id "user/name".
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+            runtime: what computes: "torch"; "onnx", ONNX Runtime on the CPU, several times as fast there; "auto": onnx
+                on a CPU where the folder has ONNX graphs (see `captioner export`), else torch.
+            threads: of the CPU to compute on; None: for onnx the CPUs that this process may use, for torch what PyTorch
+                is set to.
 
         Returns:
             The captioner.
 
         Raises:
             CheckpointError: when the model is missing, foreign or damaged, or the hub cannot be reached.
-            ConfigError: for a source that is no path, or a device that is not there.
+            ConfigError: for a source that is no path, a device that is not there, or an impossible runtime or number of
+                threads.
         """
-        return cls(load_checkpoint(source), device=device)
+        folder = read_folder(source)
+        captioner = cls.__new__(cls)
+        captioner._open(
+            open_runtime(folder, device=device, runtime=runtime, threads=threads), folder.tokenizer, folder.card
+        )
+        captioner._folder, captioner._model = folder, getattr(captioner.runtime, "model", None)
+        return captioner
+
+    @property
+    def device(self) -> str:
+        """Where the model computes, such as "cpu" or "cuda:0"."""
+        return self.runtime.device
 
     @property
     def config(self) -> ModelConfig:
         """The settings of the model."""
-        return self.model.config
+        return self.runtime.config
+
+    @property
+    def model(self) -> CaptionModel:
+        """The model in PyTorch: the one that computes, or, with another runtime, one that is loaded when asked for."""
+        if self._model is None:
+            from captioner.checkpoint import load_checkpoint
+
+            self._model = load_checkpoint(self._folder).model
+        return self._model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder that `load` reads; save and load is the identity.
@@ -85,6 +124,11 @@ class Captioner:
             CheckpointError: when it cannot be written.
             ConfigError: when `folder` is no path.
         """
+        if self._folder is not None and self.runtime.name != "torch":  # nothing can have changed the weights
+            copy_folder(self._folder, folder)
+            return
+        from captioner.checkpoint import Checkpoint, save_checkpoint
+
         save_checkpoint(Checkpoint(self.model, self.tokenizer, self.card), folder)
 
     def caption(self, picture: Source | PreparedPicture, **options: Any) -> Caption:
@@ -197,7 +241,10 @@ class Captioner:
         """
         if not len(pictures):
             raise ConfigError("features needs at least one picture")
-        return self._encode([self.prepare(picture) for picture in pictures])
+        import torch
+
+        grid_BPC = self._encode([self.prepare(picture) for picture in pictures])
+        return torch.from_numpy(grid_BPC) if isinstance(grid_BPC, np.ndarray) else grid_BPC
 
     def stream(self, picture: Source | PreparedPicture, **options: Any) -> Iterator[Word]:
         """Caption one picture and give each word as it is found.
@@ -219,7 +266,7 @@ class Captioner:
         prepared = self.prepare(picture)
         # It checks the options and starts the search here and now, not when the first word is asked for.
         found = stream(
-            self.model.decoder,
+            self.runtime.decoder,
             self._encode([prepared]),
             vocabulary=self._vocabulary,
             options=chosen,
@@ -237,7 +284,7 @@ class Captioner:
                 word.log_probability,
                 word.attention_P,
                 word.attention_heads_LHP,
-                self.model.encoder.grid_hw,
+                self.runtime.grid_hw,
             )
 
     def score(self, picture: Source | PreparedPicture, sentence: str) -> Caption:
@@ -257,7 +304,9 @@ class Captioner:
         phrase = self._sentence(sentence)
         prepared = self.prepare(picture)
         grid_1PC = self._encode([prepared])
-        hypothesis = score_tokens(self.model.decoder, grid_1PC, vocabulary=self._vocabulary, token_ids=phrase.token_ids)
+        hypothesis = score_tokens(
+            self.runtime.decoder, grid_1PC, vocabulary=self._vocabulary, token_ids=phrase.token_ids
+        )
         return self._captions([prepared], grid_1PC, [[hypothesis]])[0]
 
     def search_options(self, **options: Any) -> SearchOptions:
@@ -288,7 +337,7 @@ class Captioner:
 
     def _sentence(self, sentence: str) -> Phrase:
         phrase = self._phrase(sentence, "sentence")
-        limit = self.model.decoder.max_tokens - 1
+        limit = self.runtime.decoder.max_tokens - 1
         if len(phrase.token_ids) > limit:
             raise SearchError(
                 f"the sentence has {len(phrase.token_ids)} words, this model reads at most {limit}; shorten it"
@@ -347,15 +396,11 @@ class Captioner:
         return Geometry(
             picture_hw_px=picture.picture_hw_px,
             input_hw_px=(side_px, side_px),
-            grid_hw=self.model.encoder.grid_hw,
+            grid_hw=self.runtime.grid_hw,
         )
 
-    def _encode(self, inputs: Sequence[PreparedPicture]) -> Tensor:
-        square_u8 = torch.from_numpy(np.stack([item.pixels_u8 for item in inputs])).to(self.device)
-        with torch.inference_mode():
-            pixels = normalise(square_u8, self.config.preprocessing)
-            grid_BPC: Tensor = self._encoder(pixels.contiguous(memory_format=torch.channels_last))
-        return grid_BPC
+    def _encode(self, inputs: Sequence[PreparedPicture]) -> Array:
+        return self.runtime.encode(np.stack([item.pixels_u8 for item in inputs]))
 
     def _run(
         self,
@@ -371,7 +416,7 @@ class Captioner:
             with _memory_fault_named(options, pictures=len(inputs)):
                 grid_BPC = self._encode(inputs)
                 found = search(
-                    self.model.decoder,
+                    self.runtime.decoder,
                     grid_BPC,
                     vocabulary=self._vocabulary,
                     options=options,
@@ -389,11 +434,8 @@ class Captioner:
         return [*self._captions(inputs, grid_BPC, found)]
 
     def _captions(
-        self, inputs: Sequence[PreparedPicture], grid_BPC: Tensor, found: Sequence[list[Hypothesis]]
+        self, inputs: Sequence[PreparedPicture], grid_BPC: Array, found: Sequence[list[Hypothesis]]
     ) -> list[Caption]:
-        familiarity = self.model.familiarity
-        with torch.inference_mode():
-            strangeness = [None] * len(inputs) if familiarity is None else familiarity(grid_BPC).tolist()
         return [
             make_captions(
                 hypotheses,
@@ -402,7 +444,7 @@ class Captioner:
                 picture=item.source,
                 confidence_of=functools.partial(self._confidence, strangeness=strange),
             )
-            for item, hypotheses, strange in zip(inputs, found, strangeness, strict=True)
+            for item, hypotheses, strange in zip(inputs, found, self.runtime.strangeness(grid_BPC), strict=True)
         ]
 
     def _confidence(self, hypothesis: Hypothesis, *, strangeness: float | None) -> float | None:
@@ -436,7 +478,7 @@ def _memory_fault_named(options: SearchOptions, *, pictures: int) -> Iterator[No
     try:
         yield
     except (MemoryError, RuntimeError) as err:  # torch has a RuntimeError without a class of its own for the CPU
-        if not isinstance(err, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(err):
+        if not isinstance(err, MemoryError) and type(err).__name__ != "OutOfMemoryError" and "alloc" not in str(err):
             raise
         raise SearchError(
             f"not enough memory to search with beam_size={options.beam_size} for {pictures} pictures at once; "
@@ -446,8 +488,8 @@ def _memory_fault_named(options: SearchOptions, *, pictures: int) -> Iterator[No
 
 def _is_one_picture(value: object) -> bool:
     """Return whether a value is a picture of its own, though it can be iterated over: its bytes, lines or rows."""
-    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype == np.uint8):
-        return value.ndim < 4
+    if type(value).__module__ == "torch" or (isinstance(value, np.ndarray) and value.dtype == np.uint8):
+        return cast("Tensor", value).ndim < 4
     return isinstance(value, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(value, "read")
 
 
@@ -459,15 +501,3 @@ def search_vocabulary(tokenizer: Tokenizer) -> SearchVocabulary:
         end_id=tokenizer.end_id,
         never_ids=(tokenizer.pad_id, tokenizer.start_id, tokenizer.unknown_id),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without storage, such as "meta", fails here
-    except Exception as err:  # every backend that is missing says so in its own way
-        raise ConfigError(f"device {name!r} is not there; use 'auto', 'cpu' or a GPU of this machine") from err
-    return device

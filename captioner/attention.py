@@ -10,34 +10,12 @@ training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from captioner.dropout import Dropout
 from captioner.geometry import exact_div
-
-
-@dataclass(frozen=True)
-class GridMemory:
-    """Keys and values of pictures, and which rows look at which.
-
-    Args:
-        keys: [B, ...], one entry per picture.
-        values: [B, ...], one entry per picture.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def select(self, picture_N: Tensor) -> GridMemory:
-        """Return the memory of the named pictures, in that order."""
-        return GridMemory(self.keys.index_select(0, picture_N), self.values.index_select(0, picture_N))
-
-    def rows_per_picture(self, rows: int) -> int:
-        """Return how many of the rows look at each picture."""
-        return exact_div(rows, self.keys.shape[0])
+from captioner.rows import GridMemory
 
 
 class AdditiveAttention(nn.Module):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from captioner.api import BATCH_LIMIT, Captioner
 from captioner.caption import Caption
 from captioner.config import SearchOptions
@@ -119,7 +121,7 @@ def fingerprint(captioner: Captioner) -> str:
     del settings["search"]  # defaults; what a run uses stands in its search options
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(captioner.tokenizer.to_json().encode())
-    for name, value in sorted(captioner.model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    for name, value in captioner.runtime.weights():
+        digest.update(f"{name} torch.{value.dtype} {list(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()

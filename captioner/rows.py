@@ -1,13 +1,38 @@
-"""Which row of a search looks at which picture. Free of torch: the ONNX decoders keep book in the same way."""
+"""What rows of a search look at, and which looks at which picture: over torch tensors or NumPy arrays alike."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from captioner.arrays import Array, namespace
 from captioner.geometry import exact_div
 
 Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GridMemory:
+    """Keys and values of pictures, and which rows look at which.
+
+    Args:
+        keys: [B, ...], one entry per picture.
+        values: [B, ...], one entry per picture.
+    """
+
+    keys: Array
+    values: Array
+
+    def select(self, picture_N: Array) -> GridMemory:
+        """Return the memory of the named pictures, in that order."""
+        xp = namespace(self.keys)
+        return GridMemory(xp.take(self.keys, picture_N, axis=0), xp.take(self.values, picture_N, axis=0))
+
+    def rows_per_picture(self, rows: int) -> int:
+        """Return how many of the rows look at each picture."""
+        return exact_div(rows, self.keys.shape[0])
 
 
 class PictureRows:

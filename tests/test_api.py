@@ -485,7 +485,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_auto_is_another_device_and_cuda_is_refused(tiny_checkpoint):
-    assert Captioner(tiny_checkpoint("mean")).device.type != "cuda"
+    assert not Captioner(tiny_checkpoint("mean")).device.startswith("cuda")
     with pytest.raises(ConfigError, match="cuda"):
         Captioner(tiny_checkpoint("mean"), device="cuda")
 
@@ -494,8 +494,8 @@ def test_without_a_gpu_auto_is_another_device_and_cuda_is_refused(tiny_checkpoin
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_gpu_captions_as_the_cpu_does(captioner, example_photos, search):
     on_gpu = Captioner.load(device="cuda")
-    assert Captioner.load().device.type == "cuda"
-    assert captioner.device.type == "cpu"
+    assert Captioner.load().device.startswith("cuda")
+    assert captioner.device == "cpu"
     for photo in example_photos:
         expected = captioner.caption(photo, **SEARCHES[search])
         scored = on_gpu.score(photo, expected.text)

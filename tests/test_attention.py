@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captioner.attention import AdditiveAttention, GridMemory, MultiHeadAttention
+from captioner.attention import AdditiveAttention, MultiHeadAttention
 from captioner.errors import ConfigError
-from captioner.rows import PictureRows
+from captioner.rows import GridMemory, PictureRows
 
 close = torch.testing.assert_close
 CELLS, DIM = 6, 16

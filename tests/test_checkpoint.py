@@ -16,15 +16,8 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from captioner import Captioner, CheckpointError, ConfigError
-from captioner.checkpoint import (
-    CARD,
-    CONFIG,
-    TOKENIZER,
-    WEIGHTS,
-    Checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioner.model_folder import CARD, CONFIG, TOKENIZER, WEIGHTS
 from captioner.tokenizer import Tokenizer
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))

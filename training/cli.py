@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from captioner.checkpoint import CONFIG
+from captioner.model_folder import CONFIG
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
 from training import export, results, survey
 from training.callbacks import HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord

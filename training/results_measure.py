@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from captioner import Captioner
-from captioner.checkpoint import CONFIG, TOKENIZER, WEIGHTS
+from captioner.model_folder import CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import SearchOptions
 from captioner.errors import CheckpointError
 from captioner.images import open_picture
@@ -261,8 +261,8 @@ def _speed(captioner: Captioner, protocol: Protocol) -> Speed:
         for _caption in captioner.caption_batch(pictures, batch_size=SPEED_BATCH, **protocol.options(captioner)):
             pass
         seconds.append(time.perf_counter() - begin)
-    machine = device_name(captioner.device)
-    if captioner.device.type == "cpu":
+    machine = device_name(torch.device(captioner.device))
+    if captioner.device == "cpu":
         machine += f", {torch.get_num_threads()} threads"
     return Speed(per_second=len(pictures) / statistics.median(seconds), machine=machine)
 

@@ -7,14 +7,14 @@ many such combinations at once, with queries, keys and values.
 
 from typing import TYPE_CHECKING, Any
 
-from captioner.decoders.protocol import Decoder, DecoderState
+from captioner.decoders.protocol import Decoder, DecoderState, StepDecoder
 
 if TYPE_CHECKING:
     from captioner.decoders.additive import AdditiveDecoder
     from captioner.decoders.mean import MeanDecoder
     from captioner.decoders.multihead import MultiheadDecoder
 
-__all__ = ["AdditiveDecoder", "Decoder", "DecoderState", "MeanDecoder", "MultiheadDecoder"]
+__all__ = ["AdditiveDecoder", "Decoder", "DecoderState", "MeanDecoder", "MultiheadDecoder", "StepDecoder"]
 
 # These are torch modules, which come in when they are first asked for: a search on other decoders needs no torch.
 _LATER = {

@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import GridMemory
 from captioner.decoders.protocol import checked_steps
 from captioner.decoders.recurrent import RecurrentState, repeat_rows
 from captioner.dropout import Dropout
-from captioner.rows import PictureRows
+from captioner.rows import GridMemory, PictureRows
 
 
 class MeanDecoder(nn.Module):

@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from captioner.attention import GridMemory, MultiHeadAttention
-from captioner.decoders.multihead_state import MultiheadState, StepOutput
+from captioner.attention import MultiHeadAttention
+from captioner.decoders.multihead_state import MultiheadState
 from captioner.decoders.protocol import checked_steps, count_down
 from captioner.decoders.self_attention import CausalSelfAttention, Past
 from captioner.dropout import Dropout
 from captioner.errors import ConfigError
-from captioner.rows import PictureRows
+from captioner.rows import GridMemory, PictureRows
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,24 @@ class Block(nn.Module):
         return after
 
 
+class StepOutput(NamedTuple):
+    """What a step of R rows per picture gives.
+
+    Args:
+        logits_BRV: of the next token.
+        attention_BRP: where the rows looked, the summary of the layers and heads.
+        heads_BRLHP: where each head of each layer looked.
+        keys: of the new tokens, one [B, H, R, D per head] per layer.
+        values: likewise.
+    """
+
+    logits_BRV: Tensor
+    attention_BRP: Tensor
+    heads_BRLHP: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
 class MultiheadDecoder(nn.Module):
     """Pre-norm transformer over the grid; see the module's text and `Decoder`.
 
@@ -171,7 +189,7 @@ class MultiheadDecoder(nn.Module):
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
-    def _remember(self, grid_BPC: Tensor) -> tuple[GridMemory, ...]:
+    def remember(self, grid_BPC: Tensor) -> tuple[GridMemory, ...]:
         """Compute keys and values of the pictures, once per layer."""
         place_PD = (self.grid_row + self.grid_column).flatten(0, 1)
         memory_BPD = self.dropout(self.grid(grid_BPC) + place_PD)
@@ -196,7 +214,7 @@ class MultiheadDecoder(nn.Module):
         """Compute keys and values of the pictures and allocate the caches; see `Decoder.start`."""
         pictures, cells, _ = grid_BPC.shape
         steps = checked_steps(self.max_tokens if max_tokens is None else max_tokens, limit=self.max_tokens)
-        memories = self._remember(grid_BPC)
+        memories = self.remember(grid_BPC)
         shape = (pictures, self.heads, steps, self.embedding.embedding_dim // self.heads)
         caches = [memories[0].keys.new_zeros(shape) for _ in range(2 * len(memories))]
         return MultiheadState(
@@ -310,7 +328,7 @@ class MultiheadDecoder(nn.Module):
         position_NTD = self.position[:steps].expand(places.rows, -1, -1)
         hidden_RD = self._embed(places.pick(tokens_NT[:, :, None])[:, 0], places.pick(position_NTD))
         attention = []
-        for block, memory in zip(self._layers(), self._remember(grid_BPC), strict=True):
+        for block, memory in zip(self._layers(), self.remember(grid_BPC), strict=True):
             hidden_RD, weights_NHTP = block(hidden_RD, memory, places)
             attention.append(weights_NHTP)
         return hidden_RD, attention

@@ -1,4 +1,4 @@
-"""What the transformer decoder remembers between two steps, and what a step gives.
+"""What the transformer decoder remembers between two steps, over torch tensors or NumPy arrays alike.
 
 Shapes as in `protocol.py`; R rows of each picture, S slots of the cache.
 """
@@ -7,32 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
 
-from captioner.attention import GridMemory
-from captioner.rows import PictureRows
-
-
-class StepOutput(NamedTuple):
-    """What a step of R rows per picture gives.
-
-    Args:
-        logits_BRV: of the next token.
-        attention_BRP: where the rows looked, the summary of the layers and heads.
-        heads_BRLHP: where each head of each layer looked.
-        keys: of the new tokens, one [B, H, R, D per head] per layer.
-        values: likewise.
-    """
-
-    logits_BRV: Tensor
-    attention_BRP: Tensor
-    heads_BRLHP: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+from captioner.arrays import Array, namespace, send, to_numpy
+from captioner.rows import GridMemory, PictureRows
 
 
 @dataclass(frozen=True)
@@ -55,24 +35,24 @@ class MultiheadState:
         rows: which row looks at which picture.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    seen_NS: Tensor
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    seen_NS: Array
     slots: int
-    position: Tensor
+    position: Array
     steps_left: int
-    attention_heads_BLHP: Tensor
+    attention_heads_BLHP: Array
     memories: tuple[GridMemory, ...]
     rows: PictureRows
 
-    def select(self, index_N: Tensor) -> MultiheadState:
+    def select(self, index_N: Array) -> MultiheadState:
         """Return the state of the named rows; see `DecoderState.select`."""
-        kept, rows = self.rows.select(index_N.cpu().numpy())
+        kept, rows = self.rows.select(to_numpy(index_N))
         keys, values, memories = self.keys, self.values, self.memories
         if kept is not None:
-            pictures = torch.from_numpy(kept).to(index_N.device)
-            keys = tuple(cache.index_select(0, pictures) for cache in keys)
-            values = tuple(cache.index_select(0, pictures) for cache in values)
+            pictures = send(kept, index_N)
+            keys = tuple(_take(cache, pictures) for cache in keys)
+            values = tuple(_take(cache, pictures) for cache in values)
             memories = tuple(memory.select(pictures) for memory in memories)
         stepped = self.attention_heads_BLHP.shape[0] > 0
         return dataclasses.replace(
@@ -94,7 +74,24 @@ class MultiheadState:
         more = max(missing, allocated)
         return dataclasses.replace(
             self,
-            keys=tuple(functional.pad(cache, (0, 0, 0, more)) for cache in self.keys),
-            values=tuple(functional.pad(cache, (0, 0, 0, more)) for cache in self.values),
-            seen_NS=functional.pad(self.seen_NS, (0, more)),
+            keys=tuple(_longer(cache, more, axis=2) for cache in self.keys),
+            values=tuple(_longer(cache, more, axis=2) for cache in self.values),
+            seen_NS=_longer(self.seen_NS, more, axis=1),
         )
+
+
+def _take(cache: Array, pictures: Array) -> Array:
+    return namespace(cache).take(cache, pictures, axis=0)
+
+
+def _longer(values: Array, more: int, *, axis: int) -> Array:
+    """Return the values with so many zeros behind them along an axis."""
+    xp = namespace(values)
+    shape = [*values.shape]
+    shape[axis] = more
+    return xp.concat([values, xp.zeros(shape, dtype=values.dtype, **_device(values))], axis=axis)
+
+
+def _device(like: Array) -> dict[str, Any]:
+    """Return the keyword that makes a new array on the device of another; NumPy has no devices."""
+    return {} if isinstance(like, np.ndarray) else {"device": like.device}

@@ -82,8 +82,8 @@ class DecoderState(Protocol):
 
 
 @runtime_checkable
-class Decoder(Protocol):
-    """Turns a grid of features into one distribution over the next token after another."""
+class StepDecoder(Protocol):
+    """Turns a grid of features into one distribution over the next token after another: all that a search needs."""
 
     max_tokens: int
     """Longest sequence it can write, end token included."""
@@ -124,6 +124,11 @@ class Decoder(Protocol):
             ConfigError: when as many steps were taken as the state was started for.
         """
         ...
+
+
+@runtime_checkable
+class Decoder(StepDecoder, Protocol):
+    """A decoder that can be trained, too."""
 
     def forward(self, grid_BPC: Array, tokens_BT: Array) -> tuple[Array, Array]:
         """Predict the token after each prefix at once (teacher forcing); equals T calls of `step`.

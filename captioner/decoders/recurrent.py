@@ -8,13 +8,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from captioner.attention import GridMemory
+from captioner.arrays import Array, namespace, send, to_numpy
 from captioner.decoders.protocol import count_down
 from captioner.geometry import exact_div
-from captioner.rows import PictureRows
+from captioner.rows import GridMemory, PictureRows
 
 
 @dataclass(frozen=True)
@@ -30,27 +27,27 @@ class RecurrentState:
         rows: which row looks at which picture.
     """
 
-    hidden_BS: Tensor
-    cell_BS: Tensor
-    attention_heads_BLHP: Tensor
+    hidden_BS: Array
+    cell_BS: Array
+    attention_heads_BLHP: Array
     steps_left: int
     memory: GridMemory
     rows: PictureRows
 
-    def select(self, index_N: Tensor) -> RecurrentState:
+    def select(self, index_N: Array) -> RecurrentState:
         """Return the state of the named rows; see `DecoderState.select`."""
-        kept, rows = self.rows.select(index_N.cpu().numpy())
+        kept, rows = self.rows.select(to_numpy(index_N))
         stepped = self.attention_heads_BLHP.shape[0] > 0
         return RecurrentState(
             hidden_BS=self.hidden_BS[index_N],
             cell_BS=self.cell_BS[index_N],
             attention_heads_BLHP=self.attention_heads_BLHP[index_N] if stepped else self.attention_heads_BLHP,
             steps_left=self.steps_left,
-            memory=self.memory if kept is None else self.memory.select(torch.from_numpy(kept).to(index_N.device)),
+            memory=self.memory if kept is None else self.memory.select(send(kept, index_N)),
             rows=rows,
         )
 
-    def stepped(self, hidden_BS: Tensor, cell_BS: Tensor, attention_BP: Tensor) -> RecurrentState:
+    def stepped(self, hidden_BS: Array, cell_BS: Array, attention_BP: Array) -> RecurrentState:
         """Return the state after a step that looked at the grid once."""
         return dataclasses.replace(
             self,
@@ -65,9 +62,10 @@ def repeat_rows(state: RecurrentState, rows: int) -> RecurrentState:
     """Return the state of one row per picture with that many rows per picture in all, side by side."""
     pictures = state.hidden_BS.shape[0]
     per_picture = exact_div(rows, pictures)
+    xp = namespace(state.hidden_BS)
     return dataclasses.replace(
         state,
-        hidden_BS=state.hidden_BS.repeat_interleave(per_picture, dim=0),
-        cell_BS=state.cell_BS.repeat_interleave(per_picture, dim=0),
+        hidden_BS=xp.repeat(state.hidden_BS, per_picture, axis=0),
+        cell_BS=xp.repeat(state.cell_BS, per_picture, axis=0),
         rows=PictureRows(pictures, rows),
     )

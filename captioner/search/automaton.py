@@ -11,11 +11,11 @@ names behave alike and share one class.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from captioner.arrays import Bools, Ints
+from captioner.arrays import Bools, Floats, Ints
 from captioner.errors import SearchError
 from captioner.search.demands import Demands
 from captioner.search.hypothesis import SearchVocabulary
@@ -72,6 +72,46 @@ class Automaton:
             if words >= min_words:
                 table_TS[words] |= self.met_S
         return table_TS
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tables:
+    """All that a search asks of its demands, on the host.
+
+    Args:
+        automaton: of the demands.
+        completable_TS: its table `completable`.
+        min_words: fewest words of a caption.
+    """
+
+    automaton: Automaton
+    completable_TS: Bools
+    min_words: int
+    _distinct: dict[bytes, Floats] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[int, Floats] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def one_state(self) -> bool:
+        """Whether there are but the empty caption and the dead one, so that all open captions are in one state."""
+        return len(self.automaton.met_S) == 2
+
+    def may_end(self, state_N: Ints, *, words: int) -> Bools:
+        """Return where a caption of so many words meets every demand."""
+        return self.automaton.met_S[state_N] & (words >= self.min_words)
+
+    def ceiling(self, state_N: Ints, *, words: int) -> Floats:
+        """Return [N, A]: 0 for each class of tokens that may follow so many words, -inf for the others."""
+        allowed_NA = self.completable_TS[words + 1][self.automaton.next_SA[state_N]]
+        allowed_NA[:, END] = self.may_end(state_N, words=words)
+        return np.where(allowed_NA, np.float32(0), np.float32(-np.inf))
+
+    def mask(self, *, words: int) -> Floats:
+        """Return [1, V], `ceiling` by token for the one state; made once, and one array where the same is allowed."""
+        if words not in self._masks:
+            ceiling_1A = self.ceiling(np.array([START]), words=words)
+            mask_1V = np.take(ceiling_1A, self.automaton.class_V, axis=1)
+            self._masks[words] = self._distinct.setdefault(ceiling_1A.tobytes(), mask_1V)
+        return self._masks[words]
 
 
 def build_automaton(demands: Demands, vocabulary: SearchVocabulary) -> Automaton:

@@ -47,6 +47,7 @@ class BeamMethod:
         self._named_1A: Array = None
         if constraints.banks > 1:
             self._named_1A = send(constraints.named_ids[None], like)
+        self._any_ended = False
         self._ended_BL = np.zeros((len(like), self._lanes), dtype=np.int64)
         # One caption may end once in each group: so many ended ones hold at least n_best different ones.
         enough = (options.n_best - 1) * groups + 1
@@ -78,15 +79,19 @@ class BeamMethod:
         width = min(self._lane_size, candidates)
         if self._lanes == 1:
             best_BJ, index_BJ = topk(score_BM, width)
-            valid_BJ = (best_BJ > -np.inf) & (np.arange(width) < self._lane_size - self._ended_BL)
+            valid_BJ = best_BJ > -np.inf
+            if self._any_ended:
+                valid_BJ &= np.arange(width) < self._lane_size - self._ended_BL
+            lane_BJ = np.zeros(index_BJ.shape, dtype=np.int64)
         else:
             index_BJ, valid_BJ = self._choose_in_lanes(score_BM, token_NC.reshape(lines, -1), rows, width)
+            lane_BJ = np.broadcast_to(np.arange(self._lanes).repeat(width), index_BJ.shape)
         # Candidate m of picture b is candidate m + b x M of all, and the rows stand in this order too.
         index_BJ = index_BJ + np.arange(0, lines * candidates, candidates)[:, None]
         return Choice(
             parent_BJ=index_BJ // per_row,
             token_BJ=token_NC.reshape(-1)[index_BJ],
-            lane_BJ=np.broadcast_to(np.arange(self._lanes).repeat(width), index_BJ.shape),
+            lane_BJ=lane_BJ,
             valid_BJ=valid_BJ,
             log_prob_BJ=log_prob_NC.reshape(-1)[index_BJ],
             sum_BJ=score_BM.reshape(-1)[index_BJ],
@@ -119,16 +124,15 @@ class BeamMethod:
     def settle(self, choice: Choice, *, ends_BJ: Bools, words: int) -> Bools:
         """Count what ended; a picture is done when no open hypothesis can rank among its n_best any more."""
         if ends_BJ.any():
+            self._any_ended = True
             self._ended_BL += ends_BJ.reshape(len(ends_BJ), self._lanes, -1).sum(axis=2)
             ended_BJ = np.where(ends_BJ, choice.sum_BJ / np.float32(words**self._options.length_penalty), _NEVER)
             self._best_BE = topk(np.concatenate([self._best_BE, ended_BJ], axis=1), self._best_BE.shape[1])[0]
-        worst_B = self._best_BE[:, -1]
-        if worst_B.max() == -np.inf:  # so few have ended so far that no picture can be done
-            done_B = np.zeros(len(ends_BJ), dtype=np.bool_)
-        else:
-            open_BJ = np.where(choice.valid_BJ & ~ends_BJ, choice.sum_BJ, _NEVER)
-            bound_B = open_BJ.max(axis=1) / np.float32(self._best_divisor(words))
-            done_B = worst_B > bound_B + _ROUNDING * np.abs(bound_B)
+        if not self._any_ended:
+            return np.zeros(len(ends_BJ), dtype=np.bool_)
+        open_BJ = np.where(choice.valid_BJ & ~ends_BJ, choice.sum_BJ, _NEVER)
+        bound_B = open_BJ.max(axis=1) / np.float32(self._best_divisor(words))
+        done_B: Bools = self._best_BE[:, -1] > bound_B + _ROUNDING * np.abs(bound_B)
         if self._constraints.banks > 1:
             # Only the last lane may end: when it is full, the hypotheses of the others cannot come in.
             done_B |= self._ended_BL[:, -1] >= self._lane_size

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from captioner.arrays import Array, Bools, Ints, namespace, send
-from captioner.search.automaton import END, START
+from captioner.search.automaton import START
 from captioner.search.demands import Demands
-from captioner.search.feasibility import feasible_automaton
+from captioner.search.feasibility import feasible_tables
 from captioner.search.hypothesis import SearchVocabulary
 
 
@@ -39,12 +39,10 @@ class Constraints:
     """
 
     def __init__(self, demands: Demands, vocabulary: SearchVocabulary, *, like: Array) -> None:
-        self._automaton, self._completable_TS = feasible_automaton(demands, vocabulary)
+        self._tables = feasible_tables(demands, vocabulary)
+        self._automaton, self._one_state = self._tables.automaton, self._tables.one_state
         self._like = like
-        self._ceilings: dict[bytes, Array] = {}
-        # With the empty caption and the dead one alone all rows are in one state, and one row of the mask
-        # does for all.
-        self._one_state = len(self._automaton.met_S) == 2
+        self._sent: dict[int, Array] = {}
         self._class_V = None if self._one_state else send(self._automaton.class_V, like)
         self.demands = demands
         self.banks = self._automaton.banks
@@ -84,7 +82,7 @@ class Constraints:
 
     def may_end(self, progress: Progress, *, words: int) -> Bools:
         """Return where a caption of so many words meets every demand: [N], or one entry for all rows."""
-        return self._automaton.met_S[progress.state_N] & (words >= self.demands.min_words)
+        return self._tables.may_end(progress.state_N, words=words)
 
     def permitted(self, log_probs_NV: Array, progress: Progress, *, words: int) -> Array:
         """Forbid what would break a demand now or make it impossible to meet later.
@@ -97,9 +95,7 @@ class Constraints:
         Returns:
             The log-probabilities, -inf where a token is forbidden.
         """
-        allowed_NA = self._completable_TS[words + 1][self._automaton.next_SA[progress.state_N]]
-        allowed_NA[:, END] = self.may_end(progress, words=words)
-        permitted_NV = log_probs_NV + self._ceiling(allowed_NA)
+        permitted_NV = log_probs_NV + self._ceiling(progress, words=words)
         ngram = self.demands.no_repeat_ngram
         if 0 < ngram <= words:
             row_R, token_R = _repeats(progress.history_NT, ngram=ngram)
@@ -107,15 +103,15 @@ class Constraints:
                 permitted_NV[send(row_R, self._like), send(token_R, self._like)] = -np.inf
         return permitted_NV
 
-    def _ceiling(self, allowed_NA: Bools) -> Array:
-        """Return float32 [N, V], or [1, V]: 0 where a token may be written and -inf elsewhere."""
-        ceiling_NA = np.where(allowed_NA, np.float32(0), np.float32(-np.inf))
+    def _ceiling(self, progress: Progress, *, words: int) -> Array:
+        """Return float32 [N, V], or [1, V] for all rows: 0 where a token may be written and -inf elsewhere."""
         if self._class_V is not None:
-            return namespace(self._like).take(send(ceiling_NA, self._like), self._class_V, axis=1)
-        key = allowed_NA.tobytes()
-        if key not in self._ceilings:
-            self._ceilings[key] = send(ceiling_NA[:, self._automaton.class_V], self._like)
-        return self._ceilings[key]
+            ceiling_NA = send(self._tables.ceiling(progress.state_N, words=words), self._like)
+            return namespace(self._like).take(ceiling_NA, self._class_V, axis=1)
+        mask_1V = self._tables.mask(words=words)
+        if id(mask_1V) not in self._sent:  # for most numbers of words it is the same
+            self._sent[id(mask_1V)] = send(mask_1V, self._like)
+        return self._sent[id(mask_1V)]
 
 
 def _repeats(history_NT: Ints, *, ngram: int) -> tuple[Ints, Ints]:

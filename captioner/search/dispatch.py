@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Sized
 
 from captioner.arrays import Array, inference
 from captioner.config import SearchOptions
-from captioner.decoders.protocol import Decoder
+from captioner.decoders.protocol import StepDecoder
 from captioner.errors import ConfigError, SearchError
 from captioner.search.beam import BeamMethod
 from captioner.search.constraints import Constraints
@@ -18,7 +18,7 @@ from captioner.search.trace import Ending, Path
 
 
 def search(
-    decoder: Decoder,
+    decoder: StepDecoder,
     grid_BPC: Array,
     *,
     vocabulary: SearchVocabulary,
@@ -61,7 +61,7 @@ def search(
 
 
 def stream(
-    decoder: Decoder,
+    decoder: StepDecoder,
     grid_1PC: Array,
     *,
     vocabulary: SearchVocabulary,
@@ -109,7 +109,7 @@ def _words(engine: Engine, options: SearchOptions, *, like: Array) -> Iterator[S
 
 
 def _start(
-    decoder: Decoder,
+    decoder: StepDecoder,
     grid_BPC: Array,
     *,
     vocabulary: SearchVocabulary,
@@ -132,7 +132,7 @@ def _start(
     return Engine(decoder, grid_BPC, vocabulary=vocabulary, constraints=constraints, method=method)
 
 
-def _check(decoder: Decoder, options: SearchOptions, must_include: Sequence[Phrase]) -> None:
+def _check(decoder: StepDecoder, options: SearchOptions, must_include: Sequence[Phrase]) -> None:
     if options.max_words + 1 > decoder.max_tokens:
         raise SearchError(
             f"max_words={options.max_words} needs {options.max_words + 1} tokens with the end, but this "

@@ -11,13 +11,14 @@ is faster than a device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from captioner.arrays import Array, Bools, Floats, Ints, fetch, float32, log_softmax, namespace, send
-from captioner.decoders.protocol import Decoder
+from captioner.decoders.protocol import StepDecoder
 from captioner.errors import SearchError
 from captioner.search.constraints import Constraints, Progress
 from captioner.search.hypothesis import SearchVocabulary
@@ -115,7 +116,7 @@ class Method(Protocol):
         ...
 
 
-def read_log_probs(decoder: Decoder, logits_NV: Array) -> Array:
+def read_log_probs(decoder: StepDecoder, logits_NV: Array) -> Array:
     """Return the log-probabilities of a decoder's logits.
 
     Args:
@@ -141,7 +142,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: StepDecoder,
         grid_BPC: Array,
         *,
         vocabulary: SearchVocabulary,
@@ -187,8 +188,9 @@ class Engine:
         best_N = namespace(log_probs_NV).max(log_probs_NV, axis=1) if forced else end_N
         # The one wait for the device in a step.
         log_prob_NC, token_NC, end_N, best_N = fetch(*self._method.offer(permitted_NV, rows), end_N, best_N)
-        self._require_numbers(end_N)
-        self._end_stuck(log_prob_NC, end_N)
+        if not math.isfinite(log_prob_NC.sum() + end_N.sum()):
+            self._require_numbers(end_N)
+            self._end_stuck(log_prob_NC, end_N)
         choice = self._method.choose(log_prob_NC, token_NC, rows)
         ends_BJ = choice.valid_BJ & (choice.token_BJ == self._vocabulary.end_id)
         if ends_BJ.any():

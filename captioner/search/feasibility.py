@@ -6,33 +6,32 @@ import bisect
 import functools
 from dataclasses import replace
 
-from captioner.arrays import Bools
 from captioner.config import WORDS_LIMIT
 from captioner.errors import SearchError
-from captioner.search.automaton import START, Automaton, build_automaton
+from captioner.search.automaton import START, Tables, build_automaton
 from captioner.search.demands import Demands
 from captioner.search.hypothesis import Phrase, SearchVocabulary
 
 
-def feasible_automaton(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, Bools]:
-    """Build the automaton of demands that can be met together.
+def feasible_tables(demands: Demands, vocabulary: SearchVocabulary) -> Tables:
+    """Build the tables of demands that can be met together.
 
     Args:
         demands: what is asked.
         vocabulary: which tokens there are.
 
     Returns:
-        The automaton and its table `completable`.
+        The tables.
 
     Raises:
         SearchError: when a phrase cannot be written, or naming demands that exclude each other.
     """
-    # Most searches demand no phrase, and their tables are small; those of phrases can be of megabytes.
+    # Most searches demand no phrase, and their tables are small; those of phrases can have megabytes.
     phrases = demands.must_include or demands.ban
     return _build(demands, vocabulary) if phrases else _build_once(demands, vocabulary)
 
 
-def _build(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, Bools]:
+def _build(demands: Demands, vocabulary: SearchVocabulary) -> Tables:
     for name, phrases in (("must_include", demands.must_include), ("ban", demands.ban)):
         for phrase in phrases:
             _check_phrase(name, phrase, vocabulary)
@@ -46,7 +45,7 @@ def _build(demands: Demands, vocabulary: SearchVocabulary) -> tuple[Automaton, B
     table_TS = automaton.completable(min_words=demands.min_words, max_words=demands.max_words)
     if not table_TS[0, START]:
         raise SearchError(_explain(demands, vocabulary))
-    return automaton, table_TS
+    return Tables(automaton=automaton, completable_TS=table_TS, min_words=demands.min_words)
 
 
 _build_once = functools.lru_cache(maxsize=64)(_build)

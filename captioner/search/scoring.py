@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from captioner.arrays import Array, fetch, float32, inference, namespace, send, to_numpy
-from captioner.decoders.protocol import Decoder
+from captioner.decoders.protocol import StepDecoder
 from captioner.errors import SearchError
 from captioner.search.engine import read_log_probs
 from captioner.search.hypothesis import Hypothesis, SearchVocabulary
 
 
 def score_tokens(
-    decoder: Decoder, grid_1PC: Array, *, vocabulary: SearchVocabulary, token_ids: Sequence[int]
+    decoder: StepDecoder, grid_1PC: Array, *, vocabulary: SearchVocabulary, token_ids: Sequence[int]
 ) -> Hypothesis:
     """Force the decoder through given words and return them as if they had been found.
 
