@@ -10,7 +10,7 @@ Shapes: N rows, V entries of a row, K chosen ones.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,14 +92,30 @@ def fetch(*arrays: Array) -> tuple[npt.NDArray[Any], ...]:
         return arrays
     if arrays[0].device.type == "cpu":
         return tuple(array.numpy() for array in arrays)
-    xp = namespace(arrays[0])
-    is_float = [array.dtype == xp.float32 for array in arrays]
-    packed = [array.view(xp.int32) if bits else array.int() for array, bits in zip(arrays, is_float, strict=True)]
-    host = xp.concat([array.reshape(-1) for array in packed]).cpu().numpy()
-    parts = np.split(host, np.cumsum([array.numel() for array in arrays])[:-1])
+    return unpack(pack(*arrays).cpu().numpy(), arrays)
+
+
+def pack(*tensors: Array) -> Array:
+    """Return tensors of float32 and int64 as one of int32, the bits of floats as they are; see `unpack`."""
+    xp = namespace(tensors[0])
+    bits = [tensor.view(xp.int32) if tensor.dtype == xp.float32 else tensor.int() for tensor in tensors]
+    return xp.concat([tensor.reshape(-1) for tensor in bits])
+
+
+def unpack(packed: npt.NDArray[np.int32], tensors: Sequence[Array]) -> tuple[npt.NDArray[Any], ...]:
+    """Take apart what `pack` joined.
+
+    Args:
+        packed: on the host.
+        tensors: what was packed, for types and shapes.
+
+    Returns:
+        The same values as NumPy arrays.
+    """
+    parts = np.split(packed, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
     return tuple(
-        (part.view(np.float32) if bits else part.astype(np.int64)).reshape(tuple(array.shape))
-        for part, bits, array in zip(parts, is_float, arrays, strict=True)
+        (part.view(np.float32) if tensor.is_floating_point() else part.astype(np.int64)).reshape(tuple(tensor.shape))
+        for part, tensor in zip(parts, tensors, strict=True)
     )
 
 

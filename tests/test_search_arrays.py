@@ -173,6 +173,19 @@ def test_topk_finds_the_largest_in_order(kind, data, rows, width):
     np.testing.assert_array_equal(np.take_along_axis(values, np.asarray(index), axis=1), np.asarray(best))
 
 
+def test_what_crosses_from_a_device_in_one_piece_arrives_as_it_was():
+    """A device is not at hand, so the pieces of `fetch` are put together here."""
+    table = torch.randn(4, 7)
+    table[1, 2], table[2, 2], table[0, 0] = -torch.inf, torch.nan, -0.0
+    sent = (table, torch.arange(12).reshape(4, 3) * 100_000_000, table[:, 2], torch.zeros(0, 5))
+    found = arrays.unpack(arrays.pack(*sent).numpy(), sent)
+    for one, other in zip(found, sent, strict=True):
+        np.testing.assert_array_equal(one, other.numpy())
+        assert one.dtype == other.numpy().dtype
+        assert one.shape == other.shape
+        assert (np.signbit(one) == np.signbit(other.numpy())).all()
+
+
 @pytest.mark.parametrize(("width", "count"), [(9, 3), (200, 3), (200, 100)])
 def test_of_equal_values_the_first_is_taken(width, count):
     values = np.zeros((3, width), dtype=np.float32)
