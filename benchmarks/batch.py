@@ -14,9 +14,11 @@ import itertools
 import os
 import shutil
 import statistics
+import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,10 @@ from captioner import Captioner
 from captioner.batch import Progress, run
 from captioner.decoding import default_workers
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it may be run as a file
+from benchmarks.pictures import EXAMPLES
+from benchmarks.timing import seconds_of
+
 BATCH = 32
 MIB = 2**20
 
@@ -51,18 +56,18 @@ def rates(captioner: Captioner, photos: list[Path], count: int, repeats: int, wo
         model: list[float] = []
         whole: list[float] = []
         for repeat in range(repeats):
-            began = time.perf_counter()
-            list(captioner.caption_batch(prepared, batch_size=BATCH))
-            model.append(count / (time.perf_counter() - began))
-            began = time.perf_counter()
             output = Path(name, f"{repeat}.jsonl")
-            summary = run([source], output, captioner=captioner, batch_size=BATCH, workers=workers)
-            whole.append(count / (time.perf_counter() - began))
-            assert summary.captioned == count, summary
+            model.append(count / seconds_of(lambda: list(captioner.caption_batch(prepared, batch_size=BATCH))))
+            whole.append(count / seconds_of(partial(_run_checked, source, output, captioner, count, workers)))
     print(f"model alone, pictures in memory   {statistics.median(model):.1f} captions/s")
     print(f"run, from {photos[0].suffix} files to records    {statistics.median(whole):.1f} captions/s, start included")
     ratios = [b / a for a, b in zip(model, whole, strict=True)]
     print(f"run over model                    {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def _run_checked(source: Path, output: Path, captioner: Captioner, count: int, workers: int) -> None:
+    summary = run([source], output, captioner=captioner, batch_size=BATCH, workers=workers)
+    assert summary.captioned == count, summary
 
 
 def resident_bytes(pid: int) -> int:
@@ -96,7 +101,7 @@ def memory(captioner: Captioner, count: int, workers: int) -> None:
                 at[tenth] = resident_bytes(os.getpid())
                 print(f"{progress.captioned:9} pictures  {at[tenth] / MIB:8.1f} MiB", flush=True)
 
-        options = {"method": "greedy", "max_words": 4}
+        options: dict[str, Any] = {"method": "greedy", "max_words": 4}
         run([source], Path(name, "out.jsonl"), captioner=captioner, workers=workers, progress=note, **options)
         growth = (at[10] - at[1]) / (0.9 * count)
         print(f"from a tenth to the end           {growth:.0f} bytes for each picture")

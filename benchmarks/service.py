@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--url", help="of a page that runs; default: a service in this process")
     parser.add_argument("--pid", type=int, default=os.getpid(), help="whose memory is watched; default: this process")
     parser.add_argument("--endpoint", default="caption", help="of the page's API")
-    parser.add_argument("--argument", default="picture", help="name of the endpoint's picture")
+    parser.add_argument("--argument", default="image", help="name of the endpoint's picture")
     given = parser.parse_args()
     if given.run == "throughput":
         throughput(given.users, given.seconds or 10.0, max_wait_ms=given.max_wait_ms)

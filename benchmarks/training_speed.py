@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import logging
 import math
 import os
@@ -44,7 +45,8 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.profilers import Profiler, SimpleProfiler
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -71,19 +73,21 @@ def spelled(number: int) -> str:
 
 
 def write_table(root: Path, *, pictures: int, rng: random.Random) -> None:
-    """Write captions.csv and the picture files, which are empty: only their features are read.
+    """Write captions.csv and the picture files, all of them one tiny picture: only their features are read.
 
     Args:
         root: of the data set.
-        pictures: of the training split; the dev split has one.
+        pictures: of the training split; the dev split has two, the fewest that training takes.
         rng: source of chance.
     """
     unseen = [spelled(number) for number in range(WORDS)]
-    with (root / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "JPEG")
+    with (root / "captions.csv").open("w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
         writer.writerow(["image", "caption", "split"])
-        for index in range(pictures + 1):
-            (root / f"{index}.jpg").touch()
+        for index in range(pictures + 2):
+            (root / f"{index}.jpg").write_bytes(picture.getvalue())
             centre = rng.gauss(LOG_MEAN, LOG_SD_PICTURE)
             for _ in range(CAPTIONS):
                 length = max(2, round(math.exp(rng.gauss(centre, LOG_SD_CAPTION))))
@@ -306,15 +310,19 @@ class TakeTurns(lightning.Callback):
         blocks.end(self.loop.device)
 
 
-def train(given: argparse.Namespace, folder: Path) -> tuple[TakeTurns, float]:
-    """Train as `python -m training fit` does, taking turns with the plain loop.
+def make_training(
+    given: argparse.Namespace, folder: Path, *, callback: lightning.Callback, profiler: Profiler | None = None
+) -> tuple[lightning.Trainer, CaptionModule, CaptionData]:
+    """Make what `python -m training fit` runs, and its data.
 
     Args:
-        given: the options.
+        given: the options `pictures`, `workers` and `steps`.
         folder: of the data and the run.
+        callback: what watches it.
+        profiler: of Lightning.
 
     Returns:
-        The times, and the share of ours that was spent on waiting for data.
+        Trainer, module and data.
     """
     write_table(folder, pictures=given.pictures, rng=random.Random(0))
     data = RandomFeatures(
@@ -329,8 +337,6 @@ def train(given: argparse.Namespace, folder: Path) -> tuple[TakeTurns, float]:
     sizes = {"dim": DIM, "layers": LAYERS, "heads": HEADS, "feedforward_dim": FEEDFORWARD, "dropout": DROPOUT}
     stage = Stage(epochs=1000, cached=True, learning_rate=RATE, warmup_steps=200, label_smoothing=SMOOTHING)
     module = CaptionModule(stages=[stage], decoder="multihead", decoder_settings=sizes, weight_decay=DECAY)
-    turns = TakeTurns(block=given.block, profile=given.profile)
-    profiler = SimpleProfiler()
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
@@ -345,9 +351,30 @@ def train(given: argparse.Namespace, folder: Path) -> tuple[TakeTurns, float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[turns],
+        callbacks=[callback],
         profiler=profiler,
     )
+    return trainer, module, data
+
+
+def quiet() -> None:
+    """Keep Lightning from warning of few workers, which the option sets, and of what the missing validation leaves."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def train(given: argparse.Namespace, folder: Path) -> tuple[TakeTurns, float]:
+    """Train as `python -m training fit` does, taking turns with the plain loop.
+
+    Args:
+        given: the options.
+        folder: of the data and the run.
+
+    Returns:
+        The times, and the share of ours that was spent on waiting for data.
+    """
+    turns, profiler = TakeTurns(block=given.block, profile=given.profile), SimpleProfiler()
+    trainer, module, data = make_training(given, folder, callback=turns, profiler=profiler)
     trainer.fit(module, datamodule=data)
     waits_s = profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]
     return turns, sum(waits_s[given.block : given.steps]) / sum(turns.ours.seconds)
@@ -366,9 +393,7 @@ def main() -> None:
     if given.block < 1 or given.steps < 2 * given.block or given.steps % given.block:
         parser.error(f"--steps must be 2 or more times --block, a multiple, got {given.steps} and {given.block}")
     torch.set_num_threads(given.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning warns of few workers, which the option sets, and of what the missing validation leaves unused.
-    warnings.filterwarnings("ignore", module="lightning")
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         turns, wait_share = train(given, Path(folder))
     device = turns.device

@@ -1,0 +1,1 @@
+"""How fast Captioner is, as ratios measured within one run: `python -m benchmarks`, from a checkout."""

@@ -1,0 +1,127 @@
+"""Figure 3: what maps, probabilities and scores cost over captions alone.
+
+Captioner has no switch that turns maps off, so captions alone are made here: the same encoder and the same search over
+a copy of the decoder whose attention over the grid gives no weights (PyTorch's fused attention, which never holds
+them), and of what the search finds nothing is kept but the sentence. Beam search needs the words' probabilities itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.contestants import FORCED, load_captioner, runtime_of
+from benchmarks.figure import Figure, Settings, Value, ratio_of
+from benchmarks.pictures import photo_files
+from benchmarks.timing import take_turns
+from captioner import Captioner
+from captioner.api import search_vocabulary
+from captioner.attention import MultiHeadAttention
+from captioner.decoders import MultiheadDecoder
+from captioner.prepared import PreparedPicture
+from captioner.search import search
+
+TITLE = "3. Maps, probabilities and scores over captions alone"
+BATCH = 32
+
+
+class MaplessAttention(MultiHeadAttention):
+    """Attention that reads the same and returns weights of no cells."""
+
+    def read(self, query_BQD: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+        """Read the grid with PyTorch's fused attention; see `MultiHeadAttention.read`."""
+        pictures, queries, _ = query_BQD.shape
+        query = query_BQD.view(pictures, queries, self.heads, self.head_dim).transpose(1, 2)
+        read = functional.scaled_dot_product_attention(query, memory.keys, memory.values)
+        return read.transpose(1, 2).flatten(2), query.new_empty(pictures, self.heads, queries, 0)
+
+
+def without_maps(decoder: MultiheadDecoder) -> MultiheadDecoder:
+    """Return a copy of a decoder that writes the same words and returns maps of no cells.
+
+    Args:
+        decoder: in evaluation mode; it is not changed.
+
+    Returns:
+        The copy.
+    """
+    copied = copy.deepcopy(decoder)
+    for module in copied.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.__class__ = MaplessAttention
+    return copied
+
+
+class CaptionsAlone:
+    """Sentences and nothing else, from the parts of a captioner.
+
+    Args:
+        captioner: whose model it is.
+    """
+
+    def __init__(self, captioner: Captioner) -> None:
+        decoder = captioner.model.decoder
+        assert isinstance(decoder, MultiheadDecoder), type(decoder)
+        self._captioner = captioner
+        self._decoder = without_maps(decoder)
+        self._vocabulary = search_vocabulary(captioner.tokenizer)
+        self._options = captioner.search_options(**FORCED)
+
+    def __call__(self, pictures: Sequence[PreparedPicture]) -> list[str]:
+        """Write the sentences of decoded pictures."""
+        grid_BPC = self._captioner.features(pictures)
+        found = search(self._decoder, grid_BPC, vocabulary=self._vocabulary, options=self._options)
+        return [self._captioner.tokenizer.sentence(best.token_ids) for best, *_ in found]
+
+
+def measure(settings: Settings) -> Figure:
+    """Measure the share of the time that captions with everything take over captions alone.
+
+    Args:
+        settings: how.
+
+    Returns:
+        The figure.
+    """
+    captioner = load_captioner(settings)
+    if runtime_of(captioner) != "torch" or not isinstance(captioner.model.decoder, MultiheadDecoder):
+        return Figure(
+            title=TITLE, absent="measured for the transformer decoder in torch alone: run with --runtime torch"
+        )
+    alone = CaptionsAlone(captioner)
+    batch = settings.pick(BATCH, 2)
+    with photo_files(batch) as photos:
+        pictures = [captioner.prepare(photo) for photo in photos]
+        one = pictures[:1]
+        texts = [caption.text for caption in captioner.caption_batch(pictures, **FORCED)]  # type: ignore[union-attr]
+        differ = sum(text != other for text, other in zip(texts, alone(pictures), strict=True))
+        series = take_turns(
+            {
+                f"captions alone, batches of {batch}": lambda: alone(pictures),
+                f"all of it, batches of {batch}": lambda: list(captioner.caption_batch(pictures, **FORCED)),
+                "captions alone, one picture": lambda: alone(one),
+                "all of it, one picture": lambda: captioner.caption(one[0], **FORCED),
+            },
+            repetitions=settings.pick(15, 1),
+            least_s=0.0 if settings.quick else 0.3,
+        )
+    many, single = (
+        100 * (ratio_of(series, f"all of it, {size}", f"captions alone, {size}") - 1)
+        for size in (f"batches of {batch}", "one picture")
+    )
+    return Figure(
+        title=TITLE,
+        values=(
+            Value(name=f"cost, batches of {batch}", value=many, unit="%", most=10),
+            Value(name="cost, one picture", value=single, unit="%", most=10),
+        ),
+        series=series,
+        notes=(
+            "from decoded pictures, which makes the share larger than from files; 12 words, 3 beams",
+            f"{differ} of {batch} sentences differ between the two",
+        ),
+    )
