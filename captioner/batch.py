@@ -103,6 +103,8 @@ def run(
     captioner: Captioner | None = None,
     model: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    runtime: str = "auto",
+    threads: int | None = None,
     formats: Iterable[str] = (),
     into: str | os.PathLike[str] | None = None,
     template: str | None = None,
@@ -138,6 +140,8 @@ def run(
         captioner: with which; default: it loads `model`.
         model: as in `Captioner.load`.
         device: as in `Captioner.load`.
+        runtime: as in `Captioner.load`.
+        threads: as in `Captioner.load`.
         formats: several of "jsonl", "csv", "parquet", "txt", "xmp"; default: by the output's name.
         into: folder for the files of single pictures; default: the output when it is a folder, else beside each
             picture.
@@ -154,8 +158,8 @@ def run(
         shard: caption only part "i/n" of the source; `captioner.merge` joins the parts.
         batch_size: pictures that go through the model together.
         workers: processes that decode; None is one for each CPU, 0 decodes in this process.
-        engine: "local", this machine; "ray", a cluster (`captioner.ray_engine`), for which device and workers are those
-            of each actor; or what captions instead of captioner, model, device, batch_size, workers and options.
+        engine: "local", this machine; "ray", a cluster (`captioner.ray_engine`), for which device, threads and workers
+            are of each actor; or what captions instead of captioner, model, device, batch_size, workers and options.
         actors: of "ray": processes that hold the model; default: one for each GPU, or machine where there are none.
         ray_address: of "ray": the cluster, "host:port" or "auto"; default: RAY_ADDRESS, else this machine.
         stop: when it is set, the run ends after the batch in flight.
@@ -180,9 +184,14 @@ def run(
     if isinstance(engine, str):
         engine = _engine(
             engine,
-            lambda where: Captioner.load(model, device=where) if captioner is None else captioner,
+            lambda where: (
+                Captioner.load(model, device=where, runtime=runtime, threads=threads)
+                if captioner is None
+                else captioner
+            ),
             cluster={"actors": actors, "address": ray_address},
             device=device,
+            computing={"runtime": runtime, "threads": threads},
             settings={"batch_size": batch_size, "workers": workers, "options": options},
         )
     search: dict[str, Any] = {"pattern": pattern, "hidden": hidden, "limits": limits or ArchiveLimits()}
@@ -345,13 +354,19 @@ class _Run:
 
 
 def _engine(
-    name: str, load: Callable[[str], Captioner], *, cluster: dict[str, Any], device: str, settings: dict[str, Any]
+    name: str,
+    load: Callable[[str], Captioner],
+    *,
+    cluster: dict[str, Any],
+    device: str,
+    computing: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Engine:
     """Return the engine of a name; on a cluster, the model is needed here to be sent, not to caption."""
     if name == "ray":
         from captioner.ray_engine import RayEngine
 
-        return RayEngine(lambda: load("cpu"), device=device, **cluster, **settings)
+        return RayEngine(lambda: load("cpu"), device=device, computing=computing, **cluster, **settings)
     if name != "local":
         raise ConfigError(f"engine must be 'local' or 'ray', got {name!r}")
     for key, value in cluster.items():

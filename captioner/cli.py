@@ -19,12 +19,15 @@ from captioner.cli_batch import batch, merge
 from captioner.cli_serve import serve
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
+from captioner.model_folder import GRAPHS
 from captioner.terminal import (
     FAILED,
     SOME_FAILED,
     Device,
     Json,
     Model,
+    Runtime,
+    Threads,
     complain,
     one_line,
     print_json,
@@ -56,10 +59,10 @@ Photos = Annotated[list[str], typer.Argument(metavar="PHOTO...", help="Picture f
 Photo = Annotated[str, typer.Argument(metavar="PHOTO", help="A picture file.")]
 
 
-def _load(model: str | None, device: str) -> Captioner:
+def _load(model: str | None, device: str, runtime: str = "auto", threads: int | None = None) -> Captioner:
     from captioner.api import Captioner
 
-    return Captioner.load(model, device=device)
+    return Captioner.load(model, device=device, runtime=runtime, threads=threads)
 
 
 @app.command()
@@ -71,6 +74,8 @@ def caption(
     as_json: Json = False,
     model: Model = None,
     device: Device = "auto",
+    runtime: Runtime = "auto",
+    threads: Threads = None,
     batch_size: Annotated[int, typer.Option(help="Pictures that go through the model together.")] = 32,
     options: dict[str, Any],
 ) -> None:
@@ -78,7 +83,7 @@ def caption(
     from captioner.caption import error_record
 
     SearchOptions.from_dict(options)  # wrong usage is said before the model is loaded
-    captioner = _load(model, device)
+    captioner = _load(model, device, runtime, threads)
     failed = 0
     results = captioner.caption_batch(photos, batch_size=batch_size, on_error="return", **options)
     for photo, result in zip(photos, results, strict=True):
@@ -120,6 +125,8 @@ def explain(
     ] = None,
     model: Model = None,
     device: Device = "auto",
+    runtime: Runtime = "auto",
+    threads: Threads = None,
     options: dict[str, Any],
 ) -> None:
     """Caption a picture and draw where it was looked at for each word."""
@@ -127,7 +134,7 @@ def explain(
     _check_output(output, photo)
     if sentence is not None and options:
         raise ConfigError(f"--sentence needs no search; leave out {', '.join(sorted(options))}")
-    captioner = _load(model, device)
+    captioner = _load(model, device, runtime, threads)
     try:
         found = captioner.caption(photo, **options) if sentence is None else captioner.score(photo, sentence)
         figure = found.figure()
@@ -235,8 +242,7 @@ def evaluate(
 @reports_errors
 def info(*, model: Model = None, as_json: Json = False) -> None:
     """Tell what model this is and what runs it."""
-    import torch
-    import torchvision
+    from importlib.metadata import version
 
     from captioner import __version__
 
@@ -244,18 +250,18 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
     config = captioner.config
     facts: dict[str, Any] = {
         "captioner": __version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": str(captioner.device),
+        **{name: version(name) for name in ("torch", "torchvision", "onnxruntime")},
+        "runtime": captioner.runtime.name,
+        "device": captioner.device,
         "model": "bundled" if model is None else model,
         "decoder": config.decoder,
         "decoder_settings": dataclasses.asdict(config.decoder_settings),
         "encoder": dataclasses.asdict(config.encoder),
         "preprocessing": dataclasses.asdict(config.preprocessing),
-        "grid": list(captioner.model.encoder.grid_hw),
+        "grid": list(captioner.runtime.grid_hw),
         "vocabulary_size": config.vocabulary_size,
         "max_words": config.max_tokens - 1,
-        "parameters": sum(parameter.numel() for parameter in captioner.model.parameters()),
+        "parameters": sum(value.size for name, value in captioner.runtime.weights() if not _is_statistic(name)),
     }
     if as_json:
         print_json(facts | {"card": captioner.card})
@@ -265,6 +271,29 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
         say(f"{name.replace('_', ' '):18} {shown}")
     if captioner.card:
         say("\n" + captioner.card.strip())
+
+
+def _is_statistic(name: str) -> bool:
+    """Return whether a weight was counted and not learned: of batch norms, and of the confidence."""
+    return name.startswith("familiarity.") or name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
+
+
+@app.command()
+@reports_errors
+def export(
+    *,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The model folder; the graphs are written into it.")],
+    form: Annotated[str, typer.Option("--format", metavar="onnx", help="Of the graphs.")] = "onnx",
+) -> None:
+    """Write a model's ONNX graphs into its folder, checked against PyTorch: several times as fast on a CPU."""
+    if form != "onnx":
+        raise ConfigError(f"--format must be onnx, got {form!r}")
+    from captioner.runtimes.export import export_onnx
+
+    written = export_onnx(folder)
+    facts = written.description["onnx"]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    say(f"{one_line(folder)}: {', '.join(GRAPHS)}; opset {facts['opset']}, {versions}")
 
 
 def _version(wanted: bool) -> None:

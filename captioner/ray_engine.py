@@ -52,6 +52,7 @@ class RayEngine:
             is connected to already is used as it is.
         actors: processes that hold the model; default: one for each GPU, or each machine where there are none.
         device: of the actors, as in `Captioner.load`; "auto" is the GPU that Ray gave the actor.
+        computing: runtime and threads of the actors, as in `Captioner.load`.
         batch_size: pictures that go through the model together.
         workers: processes that decode for each actor; None is one for each CPU that it has, 0 decodes in the actor.
         options: search options.
@@ -67,6 +68,7 @@ class RayEngine:
         address: str | None = None,
         actors: int | None = None,
         device: str = "auto",
+        computing: Mapping[str, Any] | None = None,
         batch_size: int = 32,
         workers: int | None = None,
         options: Mapping[str, Any] | None = None,
@@ -80,6 +82,7 @@ class RayEngine:
         require_ray()
         self._make, self._address, self._actors = captioner, address, actors
         self._device, self._batch_size, self._workers = device, batch_size, workers
+        self._computing = dict(computing or {})
         self._options = dict(options or {})
         self._started = False
         self.identity: Mapping[str, Any] = {}
@@ -171,7 +174,7 @@ class RayEngine:
                 fn_constructor_kwargs={
                     "model": [self._model],
                     "desk": desk,
-                    "device": self._device,
+                    "loading": {"device": self._device, **self._computing},
                     "batch_size": self._batch_size,
                     "workers": min(self._pool.cpus, WORKERS_LIMIT) if self._workers is None else self._workers,
                     "options": self._options,

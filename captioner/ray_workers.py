@@ -153,7 +153,7 @@ class Captioning:
     Args:
         model: reference to the files of the model folder, by their names; in a list, so that Ray leaves it one.
         desk: handle of the `Desk`.
-        device: as in `Captioner.load`.
+        loading: keywords of `Captioner.load`.
         batch_size: pictures that go through the model together.
         workers: processes that decode.
         options: search options.
@@ -164,7 +164,7 @@ class Captioning:
         *,
         model: list[Any],
         desk: Any,
-        device: str,
+        loading: Mapping[str, Any],
         batch_size: int,
         workers: int,
         options: Mapping[str, Any],
@@ -179,7 +179,7 @@ class Captioning:
             for name, data in ray.get(model[0]).items():
                 Path(folder, name).write_bytes(data)
             self._engine = LocalEngine(
-                lambda: Captioner.load(folder, device=device), batch_size=batch_size, workers=workers, options=options
+                lambda: Captioner.load(folder, **loading), batch_size=batch_size, workers=workers, options=options
             )
             try:
                 self._engine.__enter__()

@@ -31,6 +31,18 @@ Model = Annotated[
     typer.Option("--model", metavar="FOLDER", help="Model folder or hub id 'user/name'.  [default: the bundled model]"),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="auto|torch|onnx",
+        help="What computes; auto is ONNX Runtime on a CPU where the model was exported, else PyTorch.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", help="Of the CPU to compute on.  [default: all that this process may use]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one record per line.")]
 
 

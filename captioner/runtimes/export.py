@@ -120,7 +120,8 @@ class _RecurrentStart(nn.Module):
 
     def forward(self, grid_BPC: Tensor) -> tuple[Tensor, ...]:
         state: RecurrentState = self.decoder.start(grid_BPC)
-        return state.hidden_BS, state.cell_BS, state.memory.keys, state.memory.values
+        # A copy, for the values may be the grid itself, and a graph's output cannot be its input.
+        return state.hidden_BS, state.cell_BS, state.memory.keys, state.memory.values.clone()
 
 
 class _RecurrentStep(nn.Module):
