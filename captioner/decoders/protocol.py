@@ -117,7 +117,7 @@ class StepDecoder(Protocol):
                 returned one.
 
         Returns:
-            logits_BV (unnormalised), attention_BP (non-negative, sums to 1: where the picture was looked at
+            logits_BV (see `normalised`), attention_BP (non-negative, sums to 1: where the picture was looked at
             to predict the next token), and the state after the step.
 
         Raises:
