@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.contestants import load_captioner, runtime_of
+from benchmarks.contestants import load_captioner
 from benchmarks.figure import Figure, Settings, Value
 from benchmarks.pictures import photo_files
 from benchmarks.timing import Series
@@ -34,41 +32,35 @@ print(json.dumps([took, peak * (1 if sys.platform == "darwin" else 1024) / 1e6])
 """
 
 
-def run_cold(arguments: list[str], *, threads: int) -> tuple[float, float]:
+def run_cold(arguments: list[str]) -> tuple[float, float]:
     """Run a command of Python in a fresh process.
 
     Args:
         arguments: of Python.
-        threads: that its libraries may use.
 
     Returns:
         Seconds until it has ended, and the most memory that it held, MB.
     """
     command = [sys.executable, "-I", "-S", "-c", LAUNCHER, sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(threads), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr}")
     took_s, peak_mb = json.loads(done.stdout)
     return took_s, peak_mb
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
-
-
-def import_times_ms(arguments: list[str], *, threads: int) -> dict[str, float]:
+def import_times_ms(arguments: list[str]) -> dict[str, float]:
     """Run a command of Python and see what it imports.
 
     Args:
         arguments: of Python.
-        threads: that its libraries may use.
 
     Returns:
         Milliseconds spent in the modules of each top-level package, the most first. Their sum is more than the command
         spends: asking costs time, too.
     """
     command = [sys.executable, "-X", "importtime", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(threads), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     spent_ms: collections.Counter[str] = collections.Counter()
     for line in done.stderr.splitlines():
         own_us, bar, name = line.removeprefix("import time:").partition("|")
@@ -86,19 +78,20 @@ def measure(settings: Settings) -> Figure:
     Returns:
         The figure.
     """
-    model = [] if settings.model is None else ["--model", settings.model]
+    asked = [] if settings.model is None else ["--model", settings.model]
+    if settings.runtime != "auto":
+        asked += ["--runtime", settings.runtime]
     reference = "a process that imports torch, for comparison"
     with photo_files(1) as (photo,):
-        caption = ["-m", "captioner", "caption", str(photo), *model]
+        caption = ["-m", "captioner", "caption", str(photo), *asked]
         commands = {"captioner caption photo.jpg": caption, reference: ["-c", "import torch"]}
         if not settings.quick:
-            run_cold(caption, threads=settings.threads)  # brings the files into the cache
+            run_cold(caption)  # brings the files into the cache
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(settings.pick(5, 1)):
             for name, arguments in commands.items():
-                runs[name].append(run_cold(arguments, threads=settings.threads))
-        imports = import_times_ms(caption, threads=settings.threads)
-    engine = runtime_of(load_captioner(dataclasses.replace(settings, runtime="auto")))
+                runs[name].append(run_cold(arguments))
+        imports = import_times_ms(caption)
     seconds, peaks = zip(*runs["captioner caption photo.jpg"], strict=True)
     heavy = ", ".join(f"{name} {spent:.0f} ms" for name, spent in imports.items() if spent >= HEAVY_MS)
     return Figure(
@@ -109,7 +102,7 @@ def measure(settings: Settings) -> Figure:
         ),
         series={name: Series(seconds=tuple(took for took, _ in of)) for name, of in runs.items()},
         notes=(
-            f"the command chose its engine itself: {engine}",
+            f"runtime: {load_captioner(settings).runtime.name}; threads as the command chooses them",
             f"spent in importing, {HEAVY_MS:g} ms and more: {heavy}",
         ),
     )

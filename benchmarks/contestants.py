@@ -6,7 +6,6 @@ Shapes: B pictures, S side of the model's square, P grid cells.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,24 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import captioner
 from benchmarks.figure import Settings
 from captioner import Captioner
 from captioner.config import ModelConfig, MultiheadConfig
 from captioner.model import build_model
+from captioner.model_folder import BUNDLED, ENCODER_GRAPH
 
 WORDS = 12
 """Of a caption, where all contestants write as many: `min_words` and `max_words` of ours, new tokens of theirs."""
 FORCED: dict[str, Any] = {"method": "beam", "beam_size": 3, "min_words": WORDS, "max_words": WORDS}
-NO_TRANSFORMERS = "transformers is not installed: pip install -e '.[bench]'"
-NO_ONNXRUNTIME = "onnxruntime is not installed: pip install -e '.[bench]'"
 
 
 def missing(*packages: str) -> str | None:
     """Return what to say of the first package that is not installed; None when all are."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            return {"transformers": NO_TRANSFORMERS, "onnxruntime": NO_ONNXRUNTIME}[package]
+            return f"{package} is not installed: pip install -e '.[bench]'"
     return None
 
 
@@ -51,22 +48,13 @@ def load_captioner(settings: Settings, *, device: str = "cpu") -> Captioner:
     Returns:
         The captioner.
     """
-    known = inspect.signature(Captioner.load).parameters
-    if "runtime" not in known and settings.runtime == "onnx":
-        raise SystemExit("this Captioner has no ONNX Runtime path; use --runtime auto or torch")
-    options: dict[str, Any] = {"runtime": settings.runtime, "threads": settings.threads}
     torch.set_num_threads(settings.threads)
-    return Captioner.load(settings.model, device=device, **{k: v for k, v in options.items() if k in known})
-
-
-def runtime_of(loaded: Captioner) -> str:
-    """Return which engine runs the model."""
-    return str(getattr(loaded, "runtime", "torch"))
+    return Captioner.load(settings.model, device=device, runtime=settings.runtime, threads=settings.threads)
 
 
 def model_folder(settings: Settings) -> Path:
     """Return the folder of the model; one from the hub has none here."""
-    return Path(captioner.__file__).parent / "bundled" if settings.model is None else Path(settings.model)
+    return BUNDLED if settings.model is None else Path(settings.model)
 
 
 # --- Hugging Face: a torchvision encoder, and `generate` of BART's decoder ---
@@ -170,12 +158,13 @@ DIFFERENCES = (
 # --- ONNX Runtime: the encoder alone ---
 
 
-def onnx_session(path: Path, *, threads: int) -> Any:
+def onnx_session(path: Path, *, threads: int, spinning: bool = True) -> Any:
     """Open an ONNX file on the CPU.
 
     Args:
         path: of the file.
         threads: within an operator.
+        spinning: whether a thread that waits for work keeps asking for it; faster, while nothing else runs.
 
     Returns:
         The session.
@@ -185,6 +174,7 @@ def onnx_session(path: Path, *, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -220,9 +210,9 @@ def encoder_file(settings: Settings, config: ModelConfig, folder: Path) -> tuple
     Returns:
         The file, and where it is from.
     """
-    own = model_folder(settings) / "encoder.onnx"
+    own = model_folder(settings) / ENCODER_GRAPH
     if own.is_file():
-        return own, "encoder.onnx of the model's folder"
+        return own, f"{ENCODER_GRAPH} of the model's folder, from 8-bit pixels"
     side_px, path = config.preprocessing.side_px, folder / "encoder.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs a package more

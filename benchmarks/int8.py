@@ -8,6 +8,7 @@ from __future__ import annotations
 from benchmarks.contestants import encoder_alone, load_captioner, missing, model_folder
 from benchmarks.figure import Figure, Settings, Value, ratio_of
 from benchmarks.timing import take_turns
+from captioner.model_folder import ENCODER_GRAPH
 
 TITLE = "6. The int8 encoder beside float32, ONNX Runtime"
 BATCH = 32
@@ -23,7 +24,7 @@ def measure(settings: Settings) -> Figure:
         The figure.
     """
     folder = model_folder(settings)
-    plain, quantised = folder / "encoder.onnx", sorted(folder.glob("encoder*int8*.onnx"))
+    plain, quantised = folder / ENCODER_GRAPH, sorted(folder.glob("encoder*int8*.onnx"))
     absent = missing("onnxruntime")
     if absent is None and not (plain.is_file() and quantised):
         absent = "the model's folder has no encoder.onnx with an int8 variant"

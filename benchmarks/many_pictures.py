@@ -13,7 +13,6 @@ from benchmarks.contestants import (
     encoder_file,
     load_captioner,
     missing,
-    runtime_of,
 )
 from benchmarks.figure import Figure, Settings, Value, ratio_of
 from benchmarks.pictures import photo_files
@@ -43,7 +42,7 @@ def measure(settings: Settings) -> Figure:
         path, origin = encoder_file(settings, captioner.config, Path(folder))
         side_px = captioner.config.preprocessing.side_px
         encode = encoder_alone(path, batch=batch, side_px=side_px, threads=settings.threads)
-        ours, theirs = f"Captioner ({runtime_of(captioner)})", "torch encoder + Hugging Face generate"
+        ours, theirs = f"Captioner ({captioner.runtime.name})", "torch encoder + Hugging Face generate"
         limit = "encoder alone in ONNX Runtime, from tensors"
         times = take_turns(
             {

@@ -1,20 +1,26 @@
 """Figure 3: what maps, probabilities and scores cost over captions alone.
 
 Captioner has no switch that turns maps off, so captions alone are made here: the same encoder and the same search over
-a copy of the decoder whose attention over the grid gives no weights (PyTorch's fused attention, which never holds
-them), and of what the search finds nothing is kept but the sentence. Beam search needs the words' probabilities itself.
+a decoder that has no maps to give, and of what the search finds nothing is kept but the sentence. In PyTorch that
+decoder is a copy whose attention over the grid is PyTorch's fused one, which never holds the weights; in ONNX Runtime
+its step is the same graph without the outputs for maps and what only they need. Beam search needs the words'
+probabilities itself.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.contestants import FORCED, load_captioner, runtime_of
+from benchmarks.contestants import FORCED, load_captioner, missing, model_folder, onnx_session
 from benchmarks.figure import Figure, Settings, Value, ratio_of
 from benchmarks.pictures import photo_files
 from benchmarks.timing import take_turns
@@ -22,6 +28,7 @@ from captioner import Captioner
 from captioner.api import search_vocabulary
 from captioner.attention import MultiHeadAttention
 from captioner.decoders import MultiheadDecoder
+from captioner.model_folder import STEP_GRAPH, WEIGHTS
 from captioner.prepared import PreparedPicture
 from captioner.search import search
 
@@ -40,7 +47,7 @@ class MaplessAttention(MultiHeadAttention):
         return read.transpose(1, 2).flatten(2), query.new_empty(pictures, self.heads, queries, 0)
 
 
-def without_maps(decoder: MultiheadDecoder) -> MultiheadDecoder:
+def torch_without_maps(decoder: MultiheadDecoder) -> MultiheadDecoder:
     """Return a copy of a decoder that writes the same words and returns maps of no cells.
 
     Args:
@@ -56,26 +63,61 @@ def without_maps(decoder: MultiheadDecoder) -> MultiheadDecoder:
     return copied
 
 
+def onnx_without_maps(decoder: Any, folder: Path, *, threads: int) -> Any:
+    """Return the decoder of ONNX Runtime with a step that has no maps.
+
+    Args:
+        decoder: of a captioner; it is not changed.
+        folder: of its model.
+        threads: of ONNX Runtime.
+
+    Returns:
+        A decoder that writes the same words and returns maps of no cells.
+    """
+    import onnx
+
+    model = onnx.load(folder / STEP_GRAPH, load_external_data=False)
+    kept = [output for output in model.graph.output if output.name not in ("attention", "heads")]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copy(folder / WEIGHTS, name)  # where the graph looks for its weights
+        onnx.save(model, Path(name, STEP_GRAPH))
+        session = onnx_session(Path(name, STEP_GRAPH), threads=threads, spinning=False)
+
+    def step(feed: dict[str, Any]) -> list[Any]:
+        log_probs_NV, *new = session.run(None, feed)
+        rows = len(log_probs_NV)
+        return [log_probs_NV, np.empty((rows, 0), np.float32), np.empty((rows, 1, 1, 0), np.float32), *new]
+
+    copied = copy.copy(decoder)
+    copied._step = step
+    return copied
+
+
 class CaptionsAlone:
     """Sentences and nothing else, from the parts of a captioner.
 
     Args:
         captioner: whose model it is.
+        settings: how it was loaded.
     """
 
-    def __init__(self, captioner: Captioner) -> None:
-        decoder = captioner.model.decoder
-        assert isinstance(decoder, MultiheadDecoder), type(decoder)
-        self._captioner = captioner
-        self._decoder = without_maps(decoder)
+    def __init__(self, captioner: Captioner, settings: Settings) -> None:
+        self._runtime, self._tokenizer = captioner.runtime, captioner.tokenizer
+        decoder: Any = captioner.runtime.decoder
+        if captioner.runtime.name == "onnx":
+            self._decoder = onnx_without_maps(decoder, model_folder(settings), threads=settings.threads)
+        else:
+            self._decoder = torch_without_maps(decoder)
         self._vocabulary = search_vocabulary(captioner.tokenizer)
         self._options = captioner.search_options(**FORCED)
 
     def __call__(self, pictures: Sequence[PreparedPicture]) -> list[str]:
         """Write the sentences of decoded pictures."""
-        grid_BPC = self._captioner.features(pictures)
+        grid_BPC = self._runtime.encode(np.stack([picture.pixels_u8 for picture in pictures]))
         found = search(self._decoder, grid_BPC, vocabulary=self._vocabulary, options=self._options)
-        return [self._captioner.tokenizer.sentence(best.token_ids) for best, *_ in found]
+        return [self._tokenizer.sentence(best.token_ids) for best, *_ in found]
 
 
 def measure(settings: Settings) -> Figure:
@@ -88,11 +130,11 @@ def measure(settings: Settings) -> Figure:
         The figure.
     """
     captioner = load_captioner(settings)
-    if runtime_of(captioner) != "torch" or not isinstance(captioner.model.decoder, MultiheadDecoder):
-        return Figure(
-            title=TITLE, absent="measured for the transformer decoder in torch alone: run with --runtime torch"
-        )
-    alone = CaptionsAlone(captioner)
+    absent = None if captioner.config.decoder == "multihead" else "only the transformer is known without maps here"
+    absent = absent or (missing("onnx") if captioner.runtime.name == "onnx" else None)
+    if absent:
+        return Figure(title=TITLE, absent=absent)
+    alone = CaptionsAlone(captioner, settings)
     batch = settings.pick(BATCH, 2)
     with photo_files(batch) as photos:
         pictures = [captioner.prepare(photo) for photo in photos]
@@ -121,7 +163,8 @@ def measure(settings: Settings) -> Figure:
         ),
         series=series,
         notes=(
-            "from decoded pictures, which makes the share larger than from files; 12 words, 3 beams",
+            f"runtime {captioner.runtime.name}, 12 words, 3 beams",
+            "from decoded pictures, which makes the share larger than it is from files",
             f"{differ} of {batch} sentences differ between the two",
         ),
     )

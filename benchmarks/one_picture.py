@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.contestants import DIFFERENCES, FORCED, HuggingFaceCaptioner, load_captioner, missing, runtime_of
+from benchmarks.contestants import DIFFERENCES, FORCED, HuggingFaceCaptioner, load_captioner, missing
 from benchmarks.figure import Figure, Settings, Value, ratio_of
 from benchmarks.pictures import photo_files
 from benchmarks.timing import take_turns
@@ -24,7 +24,7 @@ def measure(settings: Settings) -> Figure:
         return Figure(title=TITLE, absent=absent)
     captioner = load_captioner(settings)
     baseline = HuggingFaceCaptioner(captioner.config)
-    ours, theirs = f"Captioner ({runtime_of(captioner)})", "torch encoder + Hugging Face generate"
+    ours, theirs = f"Captioner ({captioner.runtime.name})", "torch encoder + Hugging Face generate"
     with photo_files(1) as (photo,):
         series = take_turns(
             {

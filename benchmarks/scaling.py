@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.contestants import load_captioner, runtime_of
+from benchmarks.contestants import load_captioner
 from benchmarks.figure import Figure, Settings, Value
 from benchmarks.pictures import photo_files
 from benchmarks.timing import exponent, take_turns
@@ -81,7 +81,7 @@ def measure(settings: Settings) -> Figure:
     # What comes after the encoder. The decoder cannot take no time, whatever a busy machine measures.
     writing = {key: [max(s - series[seeing].median_s, 1e-6) for s in whole[key]] for key in ("words", "beams")}
     plot = settings.results / "scaling.png"
-    draw(plot, sizes, whole, title=f"Captioner ({runtime_of(captioner)}), {settings.threads} threads")
+    draw(plot, sizes, whole, title=f"Captioner ({captioner.runtime.name}), {settings.threads} threads")
     return Figure(
         title=TITLE,
         values=(
