@@ -54,7 +54,10 @@ class ModelFolder:
         return "onnx" in self.description
 
     def read_weights(self) -> bytes:
-        """Return the content of the weights' file.
+        """Read the weights.
+
+        Returns:
+            The content of their file.
 
         Raises:
             CheckpointError: when it is missing, damaged or of another model.

@@ -24,8 +24,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from captioner.model_folder import CONFIG
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
+from captioner.model_folder import CONFIG
 from training import export, results, survey
 from training.callbacks import HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord
 from training.data import CaptionData

@@ -51,7 +51,12 @@ class CausalSelfAttention(nn.Module):
         return split[0], split[1], split[2]
 
     def read(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend causally; each argument is [N, H, T, D per head].
+        """Attend causally.
+
+        Args:
+            query: [N, H, T, D per head].
+            key: likewise.
+            value: likewise.
 
         Returns:
             [N, T, D], the heads side by side, not yet projected.
