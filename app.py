@@ -385,6 +385,12 @@ def _forget(page: gr.Blocks, session: str) -> None:
     holder = page.app.state_holder
     holder.session_data.pop(session, None)
     holder.time_last_used.pop(session, None)
+    # Gradio keeps an empty set for every call there ever was, and looks through all of them when it is asked for an
+    # answer.
+    queue = page._queue
+    if not queue.pending_event_ids_session.get(session):
+        queue.pending_event_ids_session.pop(session, None)
+        queue.pending_messages_per_session.pop(session, None)
 
 
 def _theme() -> gr.themes.Base:

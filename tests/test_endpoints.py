@@ -150,6 +150,8 @@ def test_nothing_is_kept_of_a_call_that_is_over():
         page.close(verbose=False)
     holder = page.app.state_holder
     assert (len(holder.session_data), len(holder.time_last_used)) == (0, 0)
+    queue = page._queue
+    assert (len(queue.pending_event_ids_session), len(queue.pending_messages_per_session)) == (0, 0)
 
 
 # --- What is refused ---
