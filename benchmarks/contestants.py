@@ -150,8 +150,7 @@ DIFFERENCES = (
     f"both write {WORDS} words with 3 beams. Ours takes one step more, which scores the end, repeats no pair of words "
     "if the model's search options say so, and gives sentence, probabilities, scores and maps; generate gives ids "
     "alone",
-    "the baseline decodes whole JPEG files and resizes them, one after the other; its batch norms are not folded; its "
-    "weights are random",
+    "the baseline decodes one file after the other; its batch norms are not folded; its weights are random",
 )
 
 

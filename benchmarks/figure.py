@@ -104,6 +104,7 @@ class Figure:
                 name: {
                     "median_s": series.median_s,
                     "quartiles_s": list(series.quartiles_s),
+                    "cpu_median_s": series.cpu_median_s,
                     "repetitions": len(series.seconds),
                     "calls_per_repetition": series.calls,
                 }
@@ -124,10 +125,17 @@ class Figure:
         for name, series in (self.series or {}).items():
             low, high = (1000 * cut for cut in series.quartiles_s)
             middle = f"{1000 * series.median_s:.2f} ms"
-            found.append(f"    {name:<60}{middle:>12}  ({low:.2f} to {high:.2f}; {len(series.seconds)} times)")
+            cpu = "" if series.cpu_median_s is None else f"; processor {1000 * series.cpu_median_s:.2f} ms"
+            found.append(f"    {name:<60}{middle:>12}  ({low:.2f} to {high:.2f}; {len(series.seconds)} times{cpu})")
         return [*found, *(f"  note: {note}" for note in self.notes)]
 
 
 def ratio_of(series: dict[str, Series], slow: str, fast: str) -> float:
     """Return how many times as fast one contestant is as another: the ratio of their medians."""
     return series[slow].median_s / series[fast].median_s
+
+
+def cpu_ratio_of(series: dict[str, Series], slow: str, fast: str) -> float:
+    """Return the ratio of the medians of the processor time; NaN where it is too short to be measured."""
+    slow_s, fast_s = series[slow].cpu_median_s, series[fast].cpu_median_s
+    return slow_s / fast_s if slow_s and fast_s else math.nan

@@ -65,7 +65,7 @@ def compare(captioner: Captioner, *, batches: Sequence[int], repetitions: int, l
     theirs = HuggingFaceCaptioner(captioner.config, device=captioner.device, dtype=torch.bfloat16)
     with photo_files(8) as photos:
         prepared = [captioner.prepare(photo) for photo in photos]
-    found = {}
+    found: dict[str, Series] = {}
     for batch in batches:
         pictures = list(itertools.islice(itertools.cycle(prepared), batch))
         contestants = {
@@ -79,7 +79,7 @@ def compare(captioner: Captioner, *, batches: Sequence[int], repetitions: int, l
                 raise
             break  # what is larger does not fit either
         for name, series in times.items():
-            found[name] = Series(seconds=tuple(taken / batch for taken in series.seconds), calls=series.calls)
+            found[name] = series.per(batch)
     return found
 
 

@@ -14,9 +14,9 @@ from benchmarks.contestants import (
     load_captioner,
     missing,
 )
-from benchmarks.figure import Figure, Settings, Value, ratio_of
+from benchmarks.figure import Figure, Settings, Value, cpu_ratio_of, ratio_of
 from benchmarks.pictures import photo_files
-from benchmarks.timing import Series, take_turns
+from benchmarks.timing import take_turns
 
 TITLE = "2. Batches of 32 from 640 x 480 JPEG files"
 BATCH = 32
@@ -52,13 +52,15 @@ def measure(settings: Settings) -> Figure:
             },
             repetitions=settings.pick(9, 1),
         )
-    series = {name: Series(seconds=tuple(taken / count for taken in series.seconds)) for name, series in times.items()}
+    series = {name: taken.per(count) for name, taken in times.items()}
     rates = [Value(name=name, value=1 / of.median_s, unit="pictures/s") for name, of in series.items()]
     return Figure(
         title=TITLE,
         values=(
             Value(name="as fast as the baseline", value=ratio_of(series, theirs, ours), unit="x", least=5),
             Value(name="of the encoder's own rate", value=ratio_of(series, limit, ours), unit="x", least=0.5),
+            Value(name="baseline, by processor time", value=cpu_ratio_of(series, theirs, ours), unit="x"),
+            Value(name="encoder's own rate, by processor time", value=cpu_ratio_of(series, limit, ours), unit="x"),
             *rates,
         ),
         series=series,

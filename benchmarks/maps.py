@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.contestants import FORCED, load_captioner, missing, model_folder, onnx_session
-from benchmarks.figure import Figure, Settings, Value, ratio_of
+from benchmarks.figure import Figure, Settings, Value, cpu_ratio_of, ratio_of
 from benchmarks.pictures import photo_files
 from benchmarks.timing import take_turns
 from captioner import Captioner
@@ -151,15 +151,16 @@ def measure(settings: Settings) -> Figure:
             repetitions=settings.pick(15, 1),
             least_s=0.0 if settings.quick else 0.3,
         )
-    many, single = (
-        100 * (ratio_of(series, f"all of it, {size}", f"captions alone, {size}") - 1)
-        for size in (f"batches of {batch}", "one picture")
+    sizes = (f"batches of {batch}", "one picture")
+    cost, cpu_cost = (
+        {size: 100 * (ratio(series, f"all of it, {size}", f"captions alone, {size}") - 1) for size in sizes}
+        for ratio in (ratio_of, cpu_ratio_of)
     )
     return Figure(
         title=TITLE,
         values=(
-            Value(name=f"cost, batches of {batch}", value=many, unit="%", most=10),
-            Value(name="cost, one picture", value=single, unit="%", most=10),
+            *(Value(name=f"cost, {size}", value=cost[size], unit="%", most=10) for size in sizes),
+            *(Value(name=f"cost by processor time, {size}", value=cpu_cost[size], unit="%") for size in sizes),
         ),
         series=series,
         notes=(

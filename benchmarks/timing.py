@@ -20,15 +20,28 @@ class Series:
     Args:
         seconds: of one call, in each repetition.
         calls: in each repetition.
+        cpu_seconds: processor time of one call, all threads together, in each repetition; empty where it was not
+            taken. It counts less what else runs on the machine.
     """
 
     seconds: tuple[float, ...]
     calls: int = 1
+    cpu_seconds: tuple[float, ...] = ()
+
+    def per(self, count: int) -> Series:
+        """Return the times of one of so many things that a call does."""
+        whole, cpu = (tuple(taken / count for taken in times) for times in (self.seconds, self.cpu_seconds))
+        return Series(seconds=whole, calls=self.calls, cpu_seconds=cpu)
 
     @property
     def median_s(self) -> float:
         """Median of the repetitions."""
         return statistics.median(self.seconds)
+
+    @property
+    def cpu_median_s(self) -> float | None:
+        """Median of the processor time."""
+        return statistics.median(self.cpu_seconds) if self.cpu_seconds else None
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
@@ -73,11 +86,17 @@ def take_turns(
         action()
         calls[name] = max(1, math.ceil(least_s / seconds_of(action))) if least_s else 1
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):
         for name, action in contestants.items():
             time.sleep(PAUSE_S)
+            cpu_began_s = time.process_time()
             seconds[name].append(seconds_of(action, calls[name]))
-    return {name: Series(seconds=tuple(times), calls=calls[name]) for name, times in seconds.items()}
+            cpu_seconds[name].append((time.process_time() - cpu_began_s) / calls[name])
+    return {
+        name: Series(seconds=tuple(times), calls=calls[name], cpu_seconds=tuple(cpu_seconds[name]))
+        for name, times in seconds.items()
+    }
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:

@@ -134,6 +134,11 @@ def test_a_ratio_is_of_medians():
     assert series["slow"].quartiles_s == (4.5, 7.0)
 
 
+def test_times_per_thing_keep_the_rest():
+    series = Series(seconds=(4.0, 8.0), calls=3, cpu_seconds=(2.0, 2.0)).per(4)
+    assert (series.seconds, series.calls, series.cpu_median_s) == ((1.0, 2.0), 3, 0.5)
+
+
 def test_an_exponent_is_that_of_the_power():
     assert math.isclose(exponent([1, 2, 4], [3.0, 3.0 * 2**0.5, 6.0]), 0.5)
 
