@@ -33,9 +33,10 @@ def _quota(root: Path) -> float | None:
         try:
             quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
             period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
+        except (OSError, ValueError):
             return None
-    if quota == "max" or not quota.isdigit() or not period.isdigit() or int(quota) <= 0 or int(period) <= 0:
+    # "max", -1, or what is no number at all.
+    if not quota.isdecimal() or not period.isdecimal() or int(quota) <= 0 or int(period) <= 0:
         return None
     return int(quota) / int(period)
 

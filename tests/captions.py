@@ -10,24 +10,24 @@ from captioner.preprocessing import to_pixels
 TOLERANCE = 1e-5
 
 
-def assert_same_words(found, expected):
+def assert_same_words(found, expected, *, tolerance=TOLERANCE):
     assert [word.text for word in found] == [word.text for word in expected]
     for word, other in zip(found, expected, strict=True):
-        assert word.probability == pytest.approx(other.probability, abs=TOLERANCE)
-        np.testing.assert_allclose(word.attention, other.attention, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(word.attention_heads, other.attention_heads, rtol=0, atol=TOLERANCE)
+        assert word.probability == pytest.approx(other.probability, abs=tolerance)
+        np.testing.assert_allclose(word.attention, other.attention, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(word.attention_heads, other.attention_heads, rtol=0, atol=tolerance)
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, *, tolerance=TOLERANCE):
     """Assert that two captions, and their alternatives, are equal but for rounding."""
     assert found.text == expected.text
-    assert found.score == pytest.approx(expected.score, abs=TOLERANCE)
-    assert_same_words(found.words, expected.words)
+    assert found.score == pytest.approx(expected.score, abs=tolerance)
+    assert_same_words(found.words, expected.words, tolerance=tolerance)
     assert found.finished == expected.finished
     assert found.geometry == expected.geometry
     assert len(found.alternatives) == len(expected.alternatives)
     for other, another in zip(found.alternatives, expected.alternatives, strict=True):
-        assert_same(other, another)
+        assert_same(other, another, tolerance=tolerance)
 
 
 def assert_map(weights, grid_hw):
@@ -51,3 +51,11 @@ def grid_of(captioner, picture):
     found = captioner.features([picture])
     assert (found - own).abs().max() <= 1e-4 * own.abs().max()
     return found
+
+
+def with_nan(grid_BPC, spoilt_B):
+    """The features of pictures, NaN for those that are named spoilt; of the array's own kind."""
+    factor_B11 = np.where(spoilt_B, np.nan, 1.0).astype(np.float32)[:, None, None]
+    return grid_BPC * (
+        factor_B11 if isinstance(grid_BPC, np.ndarray) else torch.from_numpy(factor_B11).to(grid_BPC.device)
+    )

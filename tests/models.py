@@ -4,6 +4,7 @@ Shapes as in `captioner.decoders.protocol`; R rows side by side for each picture
 """
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from captioner.decoders import AdditiveDecoder, Decoder, MeanDecoder, MultiheadDecoder
@@ -60,3 +61,23 @@ def step_through(
         attention.append(attention_NP)
         heads.append(state.attention_heads_BLHP)
     return torch.stack(logits, dim=1), torch.stack(attention, dim=1), torch.stack(heads, dim=1)
+
+
+@st.composite
+def selections(draw, picture_of_row):
+    """Draw rows of a state: any at all, or one of the kinds that a search makes."""
+    rows, pictures = range(len(picture_of_row)), sorted(set(picture_of_row))
+    kind = draw(st.sampled_from(["any", "repeat", "drop", "beam", "permute"]))
+    if kind == "any":
+        return draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
+    if kind == "repeat":
+        return [row for row in rows for _ in range(draw(st.integers(1, 2)))][:8]
+    if kind == "permute":
+        return draw(st.permutations(rows))
+    kept = draw(st.sets(st.sampled_from(pictures), min_size=1)) if kind == "drop" else pictures
+    width = draw(st.integers(1, 3)) if kind == "beam" else None
+    chosen = []
+    for picture in kept if kind == "drop" else dict.fromkeys(picture_of_row):
+        own = [row for row in rows if picture_of_row[row] == picture]
+        chosen += own if width is None else [draw(st.sampled_from(own)) for _ in range(width)]
+    return chosen

@@ -13,6 +13,7 @@ from pathlib import Path
 import batch_runs
 import pytest
 from batch_runs import Deadly, make_pictures
+from captions import with_nan
 
 from captioner import CaptionerError, ConfigError, ImageReadError, SearchError
 from captioner.batch import Progress, Shard, run
@@ -660,10 +661,7 @@ def test_a_picture_without_a_caption_is_an_error_and_the_others_are_captioned(ba
     encode = Captioner._encode
 
     def spoil(self, inputs):
-        grid_BPC = encode(self, inputs).clone()
-        for row, item in enumerate(inputs):
-            grid_BPC[row] *= float("nan") if item.name.endswith("000.png") else 1.0
-        return grid_BPC
+        return with_nan(encode(self, inputs), [item.name.endswith("000.png") for item in inputs])
 
     monkeypatch.setattr(Captioner, "_encode", spoil)
     assert batch(source).failed == {"ImageReadError": 2, SearchError.__name__: 1}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from captions import everything
+from captions import everything, with_nan
 from command import run
 from PIL import Image
 
@@ -313,10 +313,7 @@ def test_a_photo_without_a_caption_is_named_and_the_good_ones_captioned(photo, m
     bad.write_bytes(photo.read_bytes())
 
     def spoil(self, inputs):
-        grid_BPC = encode(self, inputs).clone()
-        for row, item in enumerate(inputs):
-            grid_BPC[row] *= float("nan") if item.name == str(bad) else 1.0
-        return grid_BPC
+        return with_nan(encode(self, inputs), [item.name == str(bad) for item in inputs])
 
     monkeypatch.setattr(Captioner, "_encode", spoil)
     result = run("caption", bad, photo, "--json")
@@ -342,8 +339,9 @@ def test_the_version_is_shown():
 def test_the_search_options_are_the_fields_of_search_options_with_their_help(command):
     options = {parameter.name: parameter for parameter in command_of(command).params}
     fields = dataclasses.fields(SearchOptions)
-    others = {"caption": {"photos", "as_json", "model", "device", "batch_size"}}
-    others["explain"] = {"photo", "output", "sentence", "model", "device"}
+    computing = {"model", "device", "runtime", "threads"}
+    others = {"caption": {"photos", "as_json", "batch_size"} | computing}
+    others["explain"] = {"photo", "output", "sentence"} | computing
     assert set(options) - {"help"} == {field.name for field in fields} | others[command]
     for field in fields:
         option = options[field.name]

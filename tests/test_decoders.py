@@ -18,6 +18,7 @@ from models import (
     random_grid,
     random_tokens,
     repeated,
+    selections,
     step_through,
 )
 
@@ -62,26 +63,6 @@ def test_rows_of_one_picture_equal_pictures_of_their_own(decoder):
     close(shared[1], own[1], **FLOAT32)
 
 
-@st.composite
-def _selection(draw, picture_of_row):
-    """Draw rows of a state: any at all, or one of the kinds that a search makes."""
-    rows, pictures = range(len(picture_of_row)), sorted(set(picture_of_row))
-    kind = draw(st.sampled_from(["any", "repeat", "drop", "beam", "permute"]))
-    if kind == "any":
-        return draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
-    if kind == "repeat":
-        return [row for row in rows for _ in range(draw(st.integers(1, 2)))][:8]
-    if kind == "permute":
-        return draw(st.permutations(rows))
-    kept = draw(st.sets(st.sampled_from(pictures), min_size=1)) if kind == "drop" else pictures
-    width = draw(st.integers(1, 3)) if kind == "beam" else None
-    chosen = []
-    for picture in kept if kind == "drop" else dict.fromkeys(picture_of_row):
-        own = [row for row in rows if picture_of_row[row] == picture]
-        chosen += own if width is None else [draw(st.sampled_from(own)) for _ in range(width)]
-    return chosen
-
-
 @pytest.mark.parametrize("kind", DECODERS)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
@@ -91,7 +72,7 @@ def test_stepwise_equals_teacher_forced_after_any_selection(kind, data):
     picture_of_row, history = list(range(pictures)), torch.empty(pictures, 0, dtype=torch.int64)
     for step in range(data.draw(st.integers(1, 5))):
         for _ in range(data.draw(st.integers(0, 2))):
-            chosen = data.draw(_selection(picture_of_row))
+            chosen = data.draw(selections(picture_of_row))
             picture_of_row = [picture_of_row[row] for row in chosen]
             state, history = state.select(torch.tensor(chosen)), history[chosen]
         history = torch.cat([history, random_tokens(len(history), 1, seed=step)], dim=1)
