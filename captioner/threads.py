@@ -18,11 +18,15 @@ def available_cpus() -> int:
     Returns:
         The CPUs of its affinity mask, and no more than the quota of its control group (version 1 or 2), by which
         containers are held back without a word in the mask: with a thread for each CPU of the machine, such a process
-        is stopped most of the time.
+        is stopped most of the time. No more either than OMP_NUM_THREADS, by which whoever starts several processes
+        side by side, as Ray does its actors, tells each its share.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(_CGROUP)
-    return max(1, min(cpus, math.ceil(quota))) if quota else cpus
+    limits = [cpus, math.ceil(_quota(_CGROUP) or cpus)]
+    share = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if share.isdecimal() and int(share) > 0:
+        limits.append(int(share))
+    return max(1, min(limits))
 
 
 def _quota(root: Path) -> float | None:

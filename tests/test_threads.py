@@ -14,7 +14,10 @@ from captioner.threads import THREADS_LIMIT, available_cpus, checked_threads
 def machine(tmp_path, monkeypatch):
     """A machine of so many CPUs, with the files of a control group."""
 
-    def make(cpus, **files):
+    def make(cpus, *, share=None, **files):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if share is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", share)
         monkeypatch.setattr("captioner.threads._CGROUP", tmp_path)
         monkeypatch.setattr("captioner.threads.os.sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
         for name, content in files.items():
@@ -31,6 +34,11 @@ NAMES = {"v2": "cpu.max", "quota": "cpu/cpu.cfs_quota_us", "period": "cpu/cpu.cf
 
 def test_without_a_control_group_it_is_the_mask(machine):
     assert machine(5) == 5
+
+
+@pytest.mark.parametrize(("share", "cpus"), [("3", 3), ("64", 8), ("2,4", 2), ("0", 8), ("", 8), ("many", 8)])
+def test_what_started_the_process_says_its_share(machine, share, cpus):
+    assert machine(8, share=share) == cpus
 
 
 @pytest.mark.parametrize(
