@@ -53,6 +53,12 @@ class ModelFolder:
         """Whether the model was exported to ONNX."""
         return "onnx" in self.description
 
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of the grid, as the export noted them; of a folder whose graphs were checked."""
+        rows, columns = self.description["onnx"]["grid_hw"]
+        return rows, columns
+
     def read_weights(self) -> bytes:
         """Read the weights.
 
@@ -77,6 +83,11 @@ class ModelFolder:
         graphs = self.description["onnx"]
         if not isinstance(graphs, dict) or not isinstance(graphs.get("sha256"), dict):
             raise CheckpointError(f'{self.path / CONFIG}: damaged: "onnx" needs "sha256"')
+        grid_hw = graphs.get("grid_hw")
+        if not isinstance(grid_hw, list) or [type(side) for side in grid_hw] != [int, int] or min(grid_hw) < 1:
+            raise CheckpointError(
+                f'{self.path / CONFIG}: damaged: "onnx" needs "grid_hw", rows and columns of the grid'
+            )
         for name in (WEIGHTS, *GRAPHS):
             _read_checked(self.path, name, graphs["sha256"])
 
@@ -107,7 +118,8 @@ def read_folder(source: str | os.PathLike[str] | None = None) -> ModelFolder:
             f"{path}: {TOKENIZER} has {tokenizer.vocabulary_size} tokens but {CONFIG} says "
             f"{config.vocabulary_size}; the two are not of one model"
         )
-    return ModelFolder(path, config, tokenizer, _card(path / CARD), description)
+    # Absolute: what is read later is read from there, whatever the current folder is by then.
+    return ModelFolder(path.absolute(), config, tokenizer, _card(path / CARD), description)
 
 
 def copy_folder(folder: ModelFolder, target: str | os.PathLike[str]) -> None:
@@ -126,6 +138,8 @@ def copy_folder(folder: ModelFolder, target: str | os.PathLike[str]) -> None:
     contents = {name: _read_checked(folder.path, name, checksums) for name in names}
     contents[CARD] = folder.card.encode()
     contents[CONFIG] = _read(folder.path / CONFIG)
+    if _read_description(folder.path) != folder.description:
+        raise CheckpointError(f"{folder.path / CONFIG}: changed since the model was loaded; load it again")
     write_files(folder_path(target), contents)
 
 

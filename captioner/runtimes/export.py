@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 OPSET = 20
 TOLERANCE = 1e-4
 """How far log-probabilities and attention of the two runtimes may lie apart."""
+_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "I64": "INT64"}  # of safetensors: of ONNX
 _FOLDED_LIMIT = 4096  # bytes; shapes and scalars are computed at export, weights stay what they are
 
 
@@ -166,6 +167,12 @@ def export_onnx(source: str | os.PathLike[str] | None) -> ModelFolder:
     checkpoint = load_checkpoint(folder)
     weights = folder.read_weights()
     places = _places(weights)
+    unread = sorted({place.dtype for place in places.values()} - _DTYPES.keys())
+    if unread:
+        raise CheckpointError(
+            f"{folder.path / WEIGHTS}: has weights of {', '.join(unread)}, the graphs read {', '.join(_DTYPES)}; "
+            "save the model in float32 or with half=True"
+        )
     with _quiet(), torch.inference_mode():
         graphs = {name: _export(graph, places) for name, graph in _graphs(checkpoint).items()}
     description = dict(folder.description)
@@ -290,12 +297,12 @@ def _export(graph: _Graph, places: dict[str, _Place]) -> bytes:
     )
     optimizer.inline(program.model)
     for _ in range(2):
-        # A weight is not transposed here, nor are batch norms folded: it would be another weight than the file's.
+        # Nothing is computed from a weight here, however small: the graph would hold it, beside the file.
         optimizer.fold_constants(
             program.model,
             input_size_limit=_FOLDED_LIMIT,
             output_size_limit=_FOLDED_LIMIT,
-            should_fold=lambda node: False if node.op_type == "Transpose" else None,
+            should_fold=lambda node: False if any(each and each.name in places for each in node.inputs) else None,
         )
         optimizer.remove_unused_nodes(program.model)
     content: bytes = _linked(program.model_proto, places).SerializeToString()
@@ -341,7 +348,6 @@ def _linked(model: onnx.ModelProto, places: dict[str, _Place]) -> onnx.ModelProt
     """Replace every weight by a reference into the weights' file."""
     import onnx
 
-    types = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "I64": onnx.TensorProto.INT64}
     kept, casts = [], []
     for tensor in model.graph.initializer:
         place = places.get(tensor.name)
@@ -349,7 +355,10 @@ def _linked(model: onnx.ModelProto, places: dict[str, _Place]) -> onnx.ModelProt
             kept.append(tensor)
             continue
         stored = onnx.TensorProto(
-            name=tensor.name, dims=place.shape, data_type=types[place.dtype], data_location=onnx.TensorProto.EXTERNAL
+            name=tensor.name,
+            dims=place.shape,
+            data_type=onnx.TensorProto.DataType.Value(_DTYPES[place.dtype]),
+            data_location=onnx.TensorProto.EXTERNAL,
         )
         for key, value in (("location", WEIGHTS), ("offset", str(place.offset)), ("length", str(place.length))):
             stored.external_data.add(key=key, value=value)
@@ -391,7 +400,8 @@ def compare_runtimes(folder: ModelFolder, checkpoint: Checkpoint) -> None:
         _read(runtime, pixels_u8, tokens_TN)
         for runtime in (TorchRuntime(checkpoint.model, device="cpu"), OnnxRuntime(folder))
     ]
-    apart = max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(*reads, strict=True))
+    # NumPy's maximum, not Python's: one NaN is a difference wherever it stands.
+    apart = float(np.max([np.abs(ours - theirs).max() for ours, theirs in zip(*reads, strict=True)]))
     if not apart <= TOLERANCE:
         raise CheckpointError(
             f"{folder.path}: PyTorch and ONNX Runtime differ by {apart:.1e}, more than {TOLERANCE:.0e}; "

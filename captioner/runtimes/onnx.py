@@ -22,7 +22,7 @@ from captioner.decoders.multihead_state import MultiheadState
 from captioner.decoders.protocol import StepDecoder, checked_steps, count_down
 from captioner.decoders.recurrent import RecurrentState
 from captioner.errors import CheckpointError
-from captioner.model_folder import ENCODER_GRAPH, START_GRAPH, STEP_GRAPH, WEIGHTS, ModelFolder, first_line
+from captioner.model_folder import CONFIG, ENCODER_GRAPH, START_GRAPH, STEP_GRAPH, WEIGHTS, ModelFolder, first_line
 from captioner.rows import GridMemory, PictureRows
 from captioner.threads import checked_threads
 
@@ -48,11 +48,16 @@ class OnnxRuntime:
     def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
         folder.check_graphs()
         self._config = folder.config
-        rows, columns = folder.description["onnx"]["grid_hw"]
-        self.grid_hw = (int(rows), int(columns))
+        self.grid_hw = folder.grid_hw
         self._folder = folder
         options = _options(checked_threads(threads))
         self._encoder = _Graph(folder, ENCODER_GRAPH, options)
+        cells = self._encoder.output_shape[1]
+        if cells != self.grid_hw[0] * self.grid_hw[1]:
+            raise CheckpointError(
+                f"{folder.path / CONFIG}: damaged: grid_hw {list(self.grid_hw)} is not the grid of {cells} cells that "
+                f"{ENCODER_GRAPH} gives"
+            )
         kind = _MultiheadDecoder if folder.config.decoder == "multihead" else _RecurrentDecoder
         start, step = _Graph(folder, START_GRAPH, options), _Graph(folder, STEP_GRAPH, options)
         self._decoder = kind(start, step, max_tokens=folder.config.max_tokens)
@@ -123,9 +128,15 @@ class _Graph:
                 "onnxruntime, or use runtime='torch'"
             ) from err
         self.inputs = frozenset(each.name for each in self._session.get_inputs())
+        self.output_shape: list[int | str] = self._session.get_outputs()[0].shape
 
     def __call__(self, feed: _Feed) -> list[Any]:
-        found: list[Any] = self._session.run(None, feed)
+        try:
+            found: list[Any] = self._session.run(None, feed)
+        except Exception as err:  # as above
+            if "alloc" in str(err):
+                raise MemoryError(first_line(err)) from err
+            raise
         return found
 
 
