@@ -294,7 +294,7 @@ def _decode(data: bytes, limits: ImageLimits, side_px: int | None) -> tuple[Imag
             sideways = image.tag_v2.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             image.im = Image.new(image.mode, image.size[::-1] if sideways else image.size).im
         image.load()
-        return _finish(image, full_wh_px)
+        return _finish(image, full_wh_px, owned=True)
     except (ImageError, MemoryError, Image.DecompressionBombError):
         raise
     except Exception as err:  # Decoders raise nearly anything on damaged bytes.
@@ -390,13 +390,20 @@ _UPRIGHT = {
 }  # EXIF 2.32, tag 0x0112 Orientation: what turns each upright
 
 
-def _finish(image: Image.Image, full_wh_px: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an RGB, sRGB, upright copy that shares nothing with `image`, and the full height and width."""
+def _finish(
+    image: Image.Image, full_wh_px: tuple[int, int], *, owned: bool = False
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the picture in RGB, sRGB, upright, and its full height and width.
+
+    It is a copy that shares nothing with `image`, unless that is `owned`: ours alone and needed no more.
+    """
     if 0 in image.size:
         raise ImageReadError(f"the picture is empty, {image.size}; give at least one pixel")
     image.load()
     orientation = _orientation(image)
-    picture = _over_white(image)
+    as_it_is = owned and image.mode == "RGB" and not image.has_transparency_data and "icc_profile" not in image.info
+    # Pillow's own way to a plain picture over the same pixels: to copy them takes longer than to decode some of them.
+    picture = image._new(image.im) if as_it_is else _over_white(image)
     picture.info.clear()  # It describes the file: its profile and its orientation hold no more.
     if orientation in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[orientation])
