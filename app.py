@@ -13,11 +13,12 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 from captioner import CaptionerError, ConfigError, serving
-from captioner.asgi import Door, OpenDoor, ServiceMiddleware
+from captioner.asgi import CALL, Door, OpenDoor, ServiceMiddleware
 from captioner.config import METHODS
 from captioner.endpoints import NAMES, Endpoints, client_name, tool_contents
 from captioner.page import (
@@ -35,10 +36,12 @@ from captioner.page import (
 )
 from captioner.page.examples import Examples
 from captioner.payloads import is_upload
+from captioner.requests import Callers
 from captioner.terminal import say
 
 UPLOADS = serving.prepare_environment()  # before Gradio is imported, which reads it
 import gradio as gr  # noqa: E402
+from gradio.context import LocalContext  # noqa: E402
 from gradio.events import api  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import cookie_parser as parse_cookies  # noqa: E402
@@ -48,6 +51,7 @@ LOG = logging.getLogger(__name__)
 EXAMPLES = Path(serving.__file__).resolve().with_name("examples")
 if not EXAMPLES.is_dir():
     EXAMPLES = Path(__file__).resolve().parent / "examples"
+CALLERS = Callers()
 MAX_MESSAGE = 1000
 MAX_SESSIONS = 1000
 """Gradio keeps about 200 KiB for each."""
@@ -137,16 +141,22 @@ def build_app(
         # Not when the photo was only cleared, or another source of photos was chosen.
         chosen: Any = {**first, "js": f"(...values) => {{ if (values[0]) {_tell_stage('waiting')} return values; }}"}
         events = [
-            photo.input(listeners.caption_upload, [photo, *inputs], [photo, *outputs], preprocess=False, **chosen),
-            again.click(listeners.caption_shown, [shown, *inputs], outputs, **first),
-            strip.click(listeners.caption_example, inputs, outputs, **first),
-            stage.score(listeners.score_own, shown, stage, **how),
+            photo.input(
+                _leavable_answers(listeners.caption_upload),
+                [photo, *inputs],
+                [photo, *outputs],
+                preprocess=False,
+                **chosen,
+            ),
+            again.click(_leavable_answers(listeners.caption_shown), [shown, *inputs], outputs, **first),
+            strip.click(_leavable_answers(listeners.caption_example), inputs, outputs, **first),
+            stage.score(_leavable(listeners.score_own), shown, stage, **how),
         ]
         for event in events:
             event.failure(None, js=f"() => {{ {_tell_stage('failed')} }}", api_visibility="private")
         for function in Endpoints(captioner, uploads=UPLOADS).functions().values():
             # Not queued: a tool's call of a queued function would come back here over HTTP, without its login.
-            api(_answering(function), queue=False)
+            api(_leavable(_answering(function)), queue=False)
     # The service says how many may wait; a limit of Gradio's own would keep its batches small.
     page.queue(max_size=None, default_concurrency_limit=None)
     return page
@@ -159,6 +169,8 @@ def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     def run(*values: Any) -> Any:
         try:
             return endpoint(*values)
+        except CancelledError:
+            raise
         except CaptionerError as err:
             message, kind = str(err)[:MAX_MESSAGE], type(err).__name__
         except Exception:
@@ -167,6 +179,46 @@ def _answering(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         raise gr.Error(message, title=kind, print_exception=False)
 
     return run
+
+
+def _leavable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function's work leave the queue when the client that waits for it leaves."""
+
+    @functools.wraps(function)
+    def run(*values: Any) -> Any:
+        with _caller():
+            return function(*values)
+
+    return run
+
+
+def _leavable_answers(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Do the same for a function that gives one answer after another, each in a thread of its own."""
+
+    @functools.wraps(function)
+    def run(*values: Any) -> Iterator[Any]:
+        with contextlib.closing(function(*values)) as answers:
+            while True:
+                with _caller():
+                    answer = next(answers, None)
+                if answer is None:
+                    return
+                yield answer
+
+    return run
+
+
+@contextlib.contextmanager
+def _caller() -> Iterator[None]:
+    """Work for the client whose request Gradio answers in this thread; one who has left is told nothing."""
+    request = LocalContext.request.get(None)
+    scope = getattr(getattr(request, "request", request), "scope", {})
+    names = (LocalContext.event_id.get(None), getattr(request, "session_hash", None), scope.get(CALL))
+    try:
+        with CALLERS.waiting(*filter(None, names)):
+            yield
+    except CancelledError as err:
+        raise gr.Error("The client has left.", title="Cancelled", print_exception=False) from err
 
 
 def _tell_stage(what: str) -> str:
@@ -251,6 +303,8 @@ class _Listeners:
                     self._others, path, self._search_options(values), message, own_name=self._name
                 ):
                     yield gr.skip(), gr.skip(), columns
+        except CancelledError:
+            raise
         except Exception:  # a fault of ours: its trace belongs into the log, and a sentence on the page
             LOG.exception("a photo could not be captioned")
             yield gr.skip(), {"run": run, "error": FAULT, "keep": False}, gr.skip()
@@ -342,6 +396,7 @@ def start(
     door = door or OpenDoor()
     guard: dict[str, Any] = {"uploads": UPLOADS, "endpoints": NAMES, "users": users}
     guard |= {"known": functools.partial(_is_known, page), "forget": functools.partial(_forget, page)}
+    guard["leave"] = CALLERS.leave
     before = Middleware(ServiceMiddleware, service=door, **guard)
     _, url, _ = page.launch(
         server_name=host,

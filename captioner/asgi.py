@@ -5,17 +5,21 @@
             ──▶ not logged in, or too many wrong passwords ──▶ a page that asks for it; 401, 429
             ──▶ queue full or closing ──▶ 503 with Retry-After
             ──▶ body over its limit ──▶ 413; naming a file that was not uploaded ──▶ 400
-            ──▶ app
+            ──▶ app ──▶ the client leaves before its answer is complete ──▶ what it waited for leaves the queue
 
 Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that streams pass through as they come.
 """
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qs
 
 from captioner import payloads
 from captioner.errors import ServiceBusyError, ServiceError
@@ -31,6 +35,8 @@ BUFFER_LIMIT = 64 * 2**20
 """Bytes of all JSON bodies that are being read at a time."""
 BODY_TIMEOUT_S = 30.0
 RETRY_S = 5
+CALL = "captioner.call"
+"""In the scope of a request that is answered directly: a name of it, with which `leave` is called."""
 
 # Routes that ask for work: the first part after the prefix. Their bodies are read before the app sees them.
 _WORK = {"call", "run", "api", "queue/join", "mcp"}
@@ -84,6 +90,8 @@ class ServiceMiddleware:
         known: tells from a request's cookies whether its sender has logged in; those who have not see a page that
             asks for it. Without it they see what is behind.
         forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
+        leave: called with a name of what nobody waits for any more: the id of a call that was cancelled or whose client
+            left, the session of a page that was closed, or `CALL` of a request.
     """
 
     def __init__(
@@ -97,9 +105,10 @@ class ServiceMiddleware:
         users: Iterable[tuple[str, str]] | None = None,
         known: Callable[[str], bool] | None = None,
         forget: Callable[[str], None] | None = None,
+        leave: Callable[[str], None] | None = None,
     ) -> None:
         self.app = app
-        self.forget = forget
+        self.forget, self.leave = forget, leave
         self.service = service
         self.uploads = Path(uploads)
         self.endpoints = frozenset(name.strip("/") for name in endpoints)
@@ -148,17 +157,29 @@ class ServiceMiddleware:
             try:
                 await self.app(exchange.scope, exchange.receive, exchange.send)
             finally:
-                if self.forget and method == "GET" and exchange.label.endswith("/answer"):
-                    self.forget(path.rstrip("/").rpartition("/")[2])
+                if method == "GET":
+                    self._end_answer(exchange)
             return
         if route in _WORK or route == "upload":
             self._require_admission()
-        if route in _WORK:
+        if route in _WORK or route == "cancel":
             await self._hand_on_checked(exchange, self.max_tool_bytes if route == "mcp" else JSON_LIMIT)
         elif route == "login":
             await self._hand_on_guess(exchange)
         else:
             await self._hand_on_limited(exchange, self.max_body_bytes if route == "upload" else JSON_LIMIT)
+
+    def _end_answer(self, exchange: Exchange) -> None:
+        """Say of a stream of answers that it has ended. Of one that broke off nothing can be fetched any more."""
+        call = exchange.path.rstrip("/").rpartition("/")[2] if exchange.label.endswith("/answer") else None
+        if self.leave and (exchange.left or not exchange.finished):
+            sessions = [call] if call else []
+            if exchange.label == "queue/data":
+                sessions = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1")).get("session_hash", [])
+            for name in sessions:
+                self.leave(name)
+        if self.forget and call:
+            self.forget(call)
 
     async def _say_health(self, exchange: Exchange) -> None:
         if exchange.method not in ("GET", "HEAD"):
@@ -248,30 +269,54 @@ class ServiceMiddleware:
                 if self._buffered_bytes > BUFFER_LIMIT:
                     raise Refusal(503, "ServiceBusyError", "too many large requests at once; try again", RETRY_S)
                 more = message.get("more_body", False)
-            self._check(exchange, bytes(body))
+            value = self._check(exchange, bytes(body))
             whole = bytes(body)
         finally:
             self._buffered_bytes -= len(body)
+        route = route_of(exchange.path)
+        if self.leave and route == "cancel" and isinstance(value, dict):
+            self.leave(str(value.get("event_id")))
         handed = False
 
         async def receive() -> Message:
             nonlocal handed, whole
             if handed:
-                return await exchange.receive()
+                return await leaving()
             handed, part, whole = True, whole, b""
             return {"type": "http.request", "body": part, "more_body": False}
 
         try:
-            await self.app(exchange.scope, receive, exchange.send)
+            async with self._watched(exchange, direct=route in ("run", "api")) as leaving:
+                await self.app(exchange.scope, receive, exchange.send)
         except (KeyError, TypeError) as err:
             # So Gradio says that a call by names has a name too many or too few, or asks for no endpoint.
             if exchange.status is not None or not exchange.path.startswith(f"{API}/call/v2/"):
                 raise
             raise Refusal(400, "BadRequest", f"no such endpoint or argument; {API}/info lists them") from err
 
-    def _check(self, exchange: Exchange, body: bytes) -> None:
-        if exchange.method != "POST":
+    @asynccontextmanager
+    async def _watched(self, exchange: Exchange, *, direct: bool) -> AsyncIterator[Receive]:
+        """Watch for the leaving of a client who waits for the answer of this very request; yield what waits for it."""
+        if not direct or self.leave is None:
+            yield exchange.receive
             return
+        name = exchange.scope[CALL] = secrets.token_hex(16)
+        gone = asyncio.create_task(_disconnected(exchange))
+        leave = self.leave
+        gone.add_done_callback(lambda task: None if task.cancelled() or task.exception() else leave(name))
+
+        async def leaving() -> Message:
+            return await asyncio.shield(gone)
+
+        try:
+            yield leaving
+        finally:
+            gone.cancel()
+
+    def _check(self, exchange: Exchange, body: bytes) -> Any:
+        """Return the value that a body holds."""
+        if exchange.method != "POST":
+            return None
         if exchange.header("content-type").split(";")[0].strip().lower() == "multipart/form-data":
             raise Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
         try:
@@ -282,6 +327,7 @@ class ServiceMiddleware:
             )
         except payloads.RefusedPayloadError as err:
             raise Refusal(400, "RefusedPayload", str(err)) from err
+        return value
 
     # --- What is noted ---
 
@@ -339,6 +385,12 @@ def wait_for_answers(telemetry: Telemetry, *, timeout_s: float = 5.0, quiet_s: f
             return True
         time.sleep(0.02)
     return False
+
+
+async def _disconnected(exchange: Exchange) -> Message:
+    while (message := await exchange.receive())["type"] != "http.disconnect":
+        pass
+    return message
 
 
 def _arguments(value: Any) -> Any:

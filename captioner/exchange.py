@@ -46,10 +46,11 @@ class Exchange:
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, label: str) -> None:
-        self.scope, self.receive, self._send, self.label = scope, receive, send, label
+        self.scope, self._receive, self._send, self.label = scope, receive, send, label
         self.method, self.path = str(scope["method"]).upper(), path_of(scope)
         self.status: int | None = None
         self.error: str | None = None
+        self.finished = self.left = False  # the answer is complete; the client left before that
         self._began_s = time.monotonic()
 
     def seconds(self) -> float:
@@ -72,11 +73,19 @@ class Exchange:
         origin = self.header("origin").partition("://")[2]
         return {name for name in (self.header("host"), origin, *forwarded) if name}
 
+    async def receive(self) -> Message:
+        """Wait for what the client sends, or for its leaving."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self.finished:
+            self.left = True
+        return message
+
     async def send(self, message: Message) -> None:
         """Send a part of the answer."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
         await self._send(message)
+        self.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def next_part(self, timeout_s: float) -> Message:
         """Wait for the next part of the body, not for ever."""

@@ -1,13 +1,15 @@
-"""What a service keeps of one request: its place at the decoder, its words on their way, what telemetry is told."""
+"""What a service keeps of one request: who waits, a place at the decoder, words on the way, what telemetry is told."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +18,83 @@ from captioner.caption import Caption, Word
 from captioner.errors import CaptionerError
 from captioner.prepared import PreparedPicture
 from captioner.telemetry import Telemetry
+
+
+class Caller:
+    """One who waits, and may leave: then what has not started leaves the queue, and what comes later never enters."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = False
+        self._futures: list[Future[Any]] = []
+
+    def require_present(self) -> None:
+        """Raise `CancelledError` when the caller has left."""
+        if self._left:
+            raise CancelledError
+
+    def wait_for(self, future: Future[Any]) -> None:
+        """Cancel a future when the caller leaves, or now when that has happened."""
+        with self._lock:
+            self._futures.append(future)
+            left = self._left
+        if left:
+            future.cancel()
+
+    def leave(self) -> None:
+        """Cancel what the caller waits for. What has started goes on."""
+        with self._lock:
+            self._left, futures = True, [*self._futures]
+        for future in futures:  # without the lock: its callbacks are others' code
+            future.cancel()
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("captioner_caller", default=None)
+"""For whom this thread works; None where nobody would say that they leave."""
+
+
+class Callers:
+    """Who waits for an answer, by the names under which the door before the page knows them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._present: dict[str, set[Caller]] = {}
+
+    @contextlib.contextmanager
+    def waiting(self, *names: str) -> Iterator[Caller]:
+        """Work for a caller in this thread, as long as the block lasts.
+
+        Args:
+            *names: of the call, and of the page it comes from.
+
+        Yields:
+            The caller.
+        """
+        caller = Caller()
+        with self._lock:
+            for name in names:
+                self._present.setdefault(name, set()).add(caller)
+        token = CALLER.set(caller)
+        try:
+            yield caller
+        finally:
+            CALLER.reset(token)
+            with self._lock:
+                for name in set(names):
+                    self._present[name].discard(caller)
+                    if not self._present[name]:
+                        del self._present[name]
+
+    def leave(self, name: str) -> None:
+        """Cancel what those of a name wait for; a name that nobody has is none's.
+
+        Args:
+            name: of a call, or of a page.
+        """
+        with self._lock:
+            callers = [*self._present.get(name, ())]
+        for caller in callers:
+            caller.leave()
 
 
 class WordStream:
@@ -132,6 +211,9 @@ class RequestRecord:
 
     def failed(self, error: BaseException) -> None:
         """Count an error of the request, or of one of its pictures."""
+        if isinstance(error, CancelledError):
+            self._errors.append("Cancelled")
+            return
         kind = type(error).__name__ if isinstance(error, CaptionerError) else "Other"
         self._errors.append(kind)
         self._telemetry.errors.add(kind=kind)

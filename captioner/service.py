@@ -25,7 +25,7 @@ from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
 from captioner.images import ImageLimits, Source
 from captioner.prepared import PreparedPicture, prepare
-from captioner.requests import RequestRecord, Turnstile, WordStream
+from captioner.requests import CALLER, RequestRecord, Turnstile, WordStream
 from captioner.telemetry import Telemetry
 
 ROWS_LIMIT = 512
@@ -80,7 +80,7 @@ class Service:
 
     Every call may raise, beside what it says itself: `ServiceBusyError`, at once, when the queue is full;
     `ServiceTimeoutError` when the answer took too long; `ServiceClosedError` when the service is closing;
-    `ServiceError` when the model has failed.
+    `ServiceError` when the model has failed; `CancelledError` when who asked has left (see `requests.Callers`).
 
     Args:
         captioner: the model.
@@ -312,8 +312,13 @@ class Service:
         *,
         limit: int,
     ) -> Future[Any]:
+        caller = CALLER.get()
+        if caller is not None:
+            caller.require_present()
         item = self._batcher.put(ticket, key, self._prepare(picture, ticket.deadline_s), limit=limit)
         record.watch(item)
+        if caller is not None:
+            caller.wait_for(item.future)
         return item.future
 
     def _prepare(self, picture: Source | PreparedPicture, deadline_s: float) -> PreparedPicture:

@@ -120,6 +120,10 @@ def test_ones_own_sentence_is_scored_shown_and_refused_in_the_librarys_words(url
         assert "does not know 'zebra'" in answer.text_content()
         assert field.get_attribute("aria-invalid") == "true"
         assert len(texts(page)) == len(CELLS)
+    field.fill("zebra" * 90)
+    field.press("Enter")
+    page.wait_for_function("() => document.querySelector('[data-part=own-answer]').textContent.includes('zebrazebra')")
+    assert answer.evaluate("node => node.scrollWidth <= node.clientWidth")
     field.fill("a red <b>dog</b>")
     page.get_by_role("button", name="Score it").click()
     page.wait_for_selector(".captions li:nth-child(4)")

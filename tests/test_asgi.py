@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import encode, gradient
 
-from captioner import asgi, payloads
+from captioner import asgi, payloads, serving
 from captioner.asgi import ServiceMiddleware
 from captioner.errors import ServiceBusyError, ServiceClosedError
 from captioner.service import ServiceLimits
@@ -70,7 +70,7 @@ def ask(app, service, uploads):
     """Send a request through the middleware; the body goes in as many parts as it has."""
     middleware = ServiceMiddleware(app, service=service, uploads=uploads, endpoints=["/caption"])
 
-    def ask(method, path, *parts, headers=(), length=True, inner=None, root=""):
+    def ask(method, path, *parts, headers=(), length=True, inner=None, root="", query=b""):
         if parts and not isinstance(parts[0], bytes):
             parts = (json.dumps(parts[0]).encode(),)
         total = sum(map(len, parts))
@@ -92,7 +92,7 @@ def ask(app, service, uploads):
             "path": root + path,
             "headers": [*known, (b"host", b"here:7860"), *headers],
         }
-        scope["root_path"] = root
+        scope |= {"root_path": root, "query_string": query}
         loops.run(asyncio.wait_for(middleware(scope, receive, send), 30))
         starts = [message for message in sent if message["type"] == "http.response.start"]
         assert len(starts) <= 1
@@ -270,6 +270,55 @@ def test_the_app_sees_the_client_leave_after_a_checked_body(ask):
 
     ask("POST", "/gradio_api/call/caption", b"{}", inner=watching)
     assert seen == [{"type": "http.request", "body": b"{}", "more_body": False}, "http.disconnect", "http.disconnect"]
+
+
+def answering(*messages, until=None):
+    """An app that reads its request, sends these messages, and waits for the client's leaving."""
+
+    async def run(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        for message in messages:
+            await send({"type": "http.response.start", "status": 200, "headers": []} if message == "start" else message)
+        if until:
+            while (await receive())["type"] != until:
+                pass
+
+    return run
+
+
+PART = {"type": "http.response.body", "body": b"...", "more_body": True}
+END = {"type": "http.response.body", "body": b""}
+GONE = "http.disconnect"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "inner", "left"),
+    [
+        ("GET", "/gradio_api/call/caption/abc", answering("start", PART, END, until=GONE), []),
+        ("GET", "/gradio_api/call/caption/abc", answering("start", PART, until=GONE), ["abc"]),
+        ("GET", "/gradio_api/call/v2/caption/abc/", answering("start", until=GONE), ["abc"]),
+        ("GET", "/gradio_api/call/v2/caption/abc", answering(), ["abc"]),
+        ("GET", "/gradio_api/queue/data", answering("start", PART, until=GONE), ["mine"]),
+        ("GET", "/gradio_api/queue/data", answering("start", PART, END), []),
+        ("GET", "/gradio_api/heartbeat/abc", answering("start", PART, until=GONE), []),
+        ("POST", "/gradio_api/cancel", answering("start", END), ["abc"]),
+        ("POST", "/gradio_api/run/caption", answering(until=GONE), ["its name"]),
+        ("POST", "/gradio_api/call/caption", answering(until=GONE), []),
+    ],
+)
+def test_it_is_said_who_waits_no_more(ask, method, path, inner, left):
+    told, names = [], []
+    ask.middleware.leave = told.append
+
+    async def named(scope, receive, send):
+        names.append(scope.get(asgi.CALL))
+        await inner(scope, receive, send)
+        await asyncio.sleep(0)
+
+    body = [{"event_id": "abc"}] if method == "POST" else []
+    ask(method, path, *body, inner=named, query=b"session_hash=mine")
+    assert told == [names[0] if name == "its name" else name for name in left]
 
 
 # --- Routes ---
@@ -583,6 +632,7 @@ def test_the_log_names_endpoint_status_and_error_and_nothing_of_the_user(ask, se
 def page(tmp_path_factory):
     """A page of Gradio with a picture as input, behind the middleware, on a port of its own."""
     folder = tmp_path_factory.mktemp("gradio")
+    serving.open_uploads(serving.prepare_environment())  # as the page does: Gradio, if it is there, would make it first
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")

@@ -2,10 +2,14 @@
 
 import base64
 import contextlib
+import http.client
 import inspect
 import io
 import json
+import threading
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import loops
 import numpy as np
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from pictures import encode, gradient
 from PIL import Image
 from pointing import PointingCaptioner
-from served import API, ask, post, served, upload
+from served import API, HTTP, WAIT_S, ask, events, post, served, upload
 
 from captioner import ConfigError, ImageReadError, SearchOptions
 from captioner.endpoints import MAX_NAME, NAMES, Endpoints, client_name
@@ -152,6 +156,100 @@ def test_nothing_is_kept_of_a_call_that_is_over():
     assert (len(holder.session_data), len(holder.time_last_used)) == (0, 0)
     queue = page._queue
     assert (len(queue.pending_event_ids_session), len(queue.pending_messages_per_session)) == (0, 0)
+
+
+# --- Who does not wait ---
+
+
+class HeldCaptioner:
+    """A model behind a door: what has come to it waits there, all else waits in the queue before it."""
+
+    def __init__(self, captioner):
+        self._captioner = captioner
+        self.door, self.entered, self.batches = threading.Event(), threading.Event(), []
+
+    def __getattr__(self, name):
+        return getattr(self._captioner, name)
+
+    def caption_batch(self, pictures, **options):
+        self.batches.append(len(pictures))
+        self.entered.set()
+        assert self.door.wait(WAIT_S)
+        return self._captioner.caption_batch(pictures, **options)
+
+    def stream(self, picture, **options):
+        self.batches.append("stream")
+        return self._captioner.stream(picture, **options)
+
+
+def until(condition):
+    """Wait until it holds."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def asking(url, method, route, body=None, *, listen=False):
+    """Send a request and do not wait for its answer, or for the beginning of it alone; at the end hang up."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    connection.request(method, f"{API}/{route}", body and json.dumps(body), {"Content-Type": "application/json"})
+    if listen:
+        assert connection.getresponse().status == 200
+    yield
+    connection.close()
+
+
+def leave_call(url, waits):
+    event = post(url, "call/v2/caption", {"image": DATA}).json()["event_id"]
+    with asking(url, "GET", f"call/v2/caption/{event}", listen=True):
+        waits(1)
+
+
+def leave_direct_call(url, waits):
+    with asking(url, "POST", "run/score", {"data": [DATA, "a dog"]}):
+        waits(1)
+
+
+def leave_batch(url, waits):
+    event = post(url, "call/v2/caption_batch", {"images": [DATA] * 3}).json()["event_id"]
+    with asking(url, "GET", f"call/v2/caption_batch/{event}"):
+        waits(3)
+
+
+def leave_page(url, waits):
+    """Close a page on which a photo was just dropped."""
+    first = HTTP.get(f"{url}/config").json()["dependencies"][0]
+    values = [{"path": upload(url, PNG)}, *[None] * (len(first["inputs"]) - 1)]
+    values[1:4] = ["beam", 3, 3]
+    post(url, "queue/join", {"fn_index": first["id"], "data": values, "session_hash": "mine"})
+    with asking(url, "GET", "queue/data?session_hash=mine", listen=True):
+        waits(1)
+
+
+def cancel(url, waits):
+    event = post(url, "call/v2/caption", {"image": DATA}).json()["event_id"]
+    waits(1)
+    post(url, "cancel", {"event_id": event, "session_hash": event, "fn_index": 0})
+
+
+@pytest.mark.parametrize("leave", [leave_call, leave_direct_call, leave_batch, leave_page, cancel])
+def test_who_leaves_while_waiting_leaves_the_queue_and_nobody_else_does(tiny_captioner, caplog, capfd, leave):
+    captioner = HeldCaptioner(tiny_captioner)
+    with Service(captioner, limits=ServiceLimits(timeout_s=WAIT_S)) as service, served(service, door=service) as url:
+        first = post(url, "call/v2/caption", {"image": DATA}).json()["event_id"]
+        assert captioner.entered.wait(WAIT_S)
+        stays = post(url, "call/v2/caption", {"image": DATA}).json()["event_id"]
+        until(lambda: service.waiting == 1)
+        leave(url, lambda count: until(lambda: service.waiting == 1 + count))
+        until(lambda: service.waiting == 1)
+        captioner.door.set()
+        for event in (first, stays):
+            assert events(HTTP.get(f"{url}{API}/call/v2/caption/{event}").text).kind == "complete"
+        assert captioner.batches == [1, 1]
+    assert caplog.text == ""
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # --- What is refused ---

@@ -26,7 +26,7 @@ from captioner.errors import (
     ServiceTimeoutError,
 )
 from captioner.prepared import PreparedPicture
-from captioner.requests import Turnstile
+from captioner.requests import Callers, Turnstile
 from captioner.service import Service as RealService
 from captioner.service import ServiceLimits
 from captioner.telemetry import Telemetry
@@ -442,6 +442,43 @@ def test_a_cancelled_picture_leaves_the_queue(make, captioner):
     assert captioner.batches == [["first"], ["stays"]]
     with pytest.raises(CancelledError):
         gone.result(timeout=LONG_S)
+
+
+def test_of_a_caller_who_left_nothing_waits_and_nothing_more_is_decoded(make, captioner, monkeypatch):
+    service, callers = make(), Callers()
+    first = held(service, captioner)
+    other = service.submit(picture("other"))
+    decoded = []
+    monkeypatch.setattr(captioner, "prepare", lambda source: decoded.append(source.name) or source)
+
+    def pictures():
+        yield picture("one")
+        yield picture("two")
+
+    with callers.waiting("call", "page") as caller:
+        one = service.submit(picture("one"))
+        callers.leave("another page")
+        assert service.waiting == 2
+        callers.leave("page")
+        assert one.cancelled()
+        assert service.waiting == 1
+        with pytest.raises(CancelledError):
+            service.caption_batch([*pictures()])
+        with pytest.raises(CancelledError):
+            service.score(picture("three"), "a dog")
+        late: Future = Future()
+        caller.wait_for(late)
+        assert late.cancelled()
+    assert decoded == ["one"]
+    assert service.waiting == 1
+    assert callers._present == {}
+    service.submit(picture("later"))  # who comes after is another
+    captioner.door.set()
+    assert (answer(first), answer(other)) == (("first", 3), ("other", 3))
+    service.close(LONG_S)
+    assert captioner.batches == [["first"], ["other", "later"]]
+    assert service.telemetry.requests.value(operation="caption", outcome="Cancelled") == 1
+    assert service.telemetry.requests.value(operation="score", outcome="Cancelled") == 1
 
 
 def test_what_has_started_cannot_be_cancelled(make, captioner):
