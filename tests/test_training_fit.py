@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_DECODERS
 from lightning import seed_everything
 from training_runs import TRAIN, Recorder, error_line, fit, recipe, write_table
@@ -140,12 +141,27 @@ def test_a_compiled_decoder_has_the_loss_of_an_eager_one(data_root, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])  # on a CPU Lightning takes bf16-mixed for both
-def test_half_precision_trains_all_stages_to_nearly_the_same_loss(data_root, tmp_path, precision):
+def test_half_precision_trains_all_stages_to_nearly_the_same_loss(data_root, tmp_path, precision, monkeypatch):
+    monkeypatch.setattr("training.cli._computes_bfloat16_in_software", lambda accelerator: False)
     half = run(data_root, tmp_path / "half", "multihead", still=True, trainer={"precision": precision})
     full = run(data_root, tmp_path / "full", "multihead", still=True, stages=one(cached=True, warmup_steps=1))
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.03)
     assert half.losses[0] != full.losses[0]
     assert len(half.losses) == 3
+
+
+@pytest.mark.parametrize(("capability", "taken"), [("AVX2", "32-true"), ("AVX512", "bf16-mixed")])
+def test_a_cpu_without_bfloat16_trains_in_float32_and_says_so(
+    data_root, tmp_path, monkeypatch, capsys, capability, taken
+):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    settings = recipe(data_root, tmp_path, stages=one(cached=True, warmup_steps=1), trainer={"precision": "bf16-mixed"})
+    settings["trainer"]["logger"] = True
+    assert fit(tmp_path, settings) == 0
+    (saved,) = tmp_path.rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["precision"] == taken
+    assert ("32-true is taken" in capsys.readouterr().err) == (taken == "32-true")
 
 
 # --- Self-critical ---

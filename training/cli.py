@@ -8,6 +8,7 @@ import importlib
 import inspect
 import logging
 import os
+import platform
 import re
 import sys
 import warnings
@@ -86,6 +87,13 @@ class CaptionCLI(LightningCLI):
             _check_checkpoint(Path(settings["ckpt_path"]))
         if settings.get("export") is not None:
             _check_export(Path(settings["export"]))
+        trainer = settings["trainer"]
+        if trainer["precision"] == "bf16-mixed" and _computes_bfloat16_in_software(trainer["accelerator"]):
+            # In the settings themselves, so that the run's folder tells what it really ran with.
+            trainer["precision"] = "32-true"
+            sys.stderr.write(
+                "trainer.precision: this CPU computes bfloat16 in software, many times as slow; 32-true is taken\n"
+            )
 
     def instantiate_classes(self) -> None:
         """Make module, data and trainer.
@@ -136,6 +144,16 @@ class CaptionCLI(LightningCLI):
             raise ConfigError("--export: no epoch was validated, so none is the best; export last.ckpt by hand")
         evaluation = export.export([Path(best[0])], Path(folder))
         sys.stdout.write(f"{evaluation.table()}\n\nThe model is in {folder}\n")
+
+
+def _computes_bfloat16_in_software(accelerator: str) -> bool:
+    """Return whether training runs on an x86 CPU without AVX-512, on which convolutions in bfloat16 are emulated.
+
+    There, forward and backward of 32 pictures through MobileNetV2's last 12 stages took 15 s instead of 0.8 s.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_cpu and is_x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from captioner import Captioner
-from captioner.model_folder import CONFIG, TOKENIZER, WEIGHTS
 from captioner.config import SearchOptions
 from captioner.errors import CheckpointError
 from captioner.images import open_picture
 from captioner.metrics import Evaluation, Interval, Language, ProtocolCard, evaluate, java
+from captioner.model_folder import CONFIG, TOKENIZER, WEIGHTS
 from training.callbacks.files import not_written, write_whole
 from training.callbacks.record import device_name
 from training.export import caption_pictures, load_run
