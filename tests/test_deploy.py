@@ -1,6 +1,5 @@
 """`deploy/`: the Ray Serve application, started and called for real; and what its pictures cost."""
 
-import asyncio
 import concurrent.futures
 import functools
 import http.client
@@ -11,6 +10,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlencode
 
+import loops
 import pytest
 import rays
 from pictures import EXAMPLES
@@ -134,11 +134,11 @@ def test_a_copy_whose_model_has_failed_is_unhealthy(ray, model, monkeypatch):
 
     replica = CaptionReplica(Settings(model=str(model), device="cpu"))
     picture, options = replica._captioner.prepare(EXAMPLES[0]), replica._captioner.search_options()
-    assert [str(found) for found in asyncio.run(replica._caption_all([(picture, options)]))]
+    assert [str(found) for found in loops.run(replica._caption_all([(picture, options)]))]
     replica.check_health()
     monkeypatch.setattr(Captioner, "caption_batch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(replica._caption_all([(picture, options)]))
+        loops.run(replica._caption_all([(picture, options)]))
     with pytest.raises(ZeroDivisionError):
         replica.check_health()
 

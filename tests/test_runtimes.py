@@ -208,9 +208,9 @@ def test_steps_equal_teacher_forcing_after_any_selection(pair, kind, data):
     reference, fast = (captioner.runtime.decoder for captioner in pair(kind))
     rng = np.random.default_rng(pictures)
     limit = data.draw(st.integers(5, MAX_TOKENS))
-    state, other = fast.start(grid, max_tokens=limit), reference.start(grid_BPC, max_tokens=limit)
     picture_of_row, history_NT = np.arange(pictures), np.empty((pictures, 0), dtype=np.int64)
     with torch.inference_mode():
+        state, other = fast.start(grid, max_tokens=limit), reference.start(grid_BPC, max_tokens=limit)
         for _ in range(data.draw(st.integers(1, 5))):
             for _ in range(data.draw(st.integers(0, 2))):
                 chosen = np.array(data.draw(selections(picture_of_row.tolist())))

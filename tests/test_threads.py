@@ -123,6 +123,7 @@ def test_no_content_is_an_error(tmp_path_factory, text):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
 def test_the_mask_of_the_process_is_minded(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("captioner.threads._CGROUP", tmp_path)
     before = os.sched_getaffinity(0)
     try:
@@ -135,6 +136,7 @@ def test_the_mask_of_the_process_is_minded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("count", "cpus"), [(6, 6), (None, 1)])
 def test_where_there_are_no_masks_it_is_the_cpus_of_the_machine(tmp_path, monkeypatch, count, cpus):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("captioner.threads._CGROUP", tmp_path)
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: count)
