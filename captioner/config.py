@@ -163,7 +163,8 @@ class EncoderConfig(_Settings):
     """Which CNN looks at the picture.
 
     Args:
-        backbone: name of a torchvision classification CNN, such as "mobilenet_v2" or "resnet50".
+        backbone: name of a torchvision classification CNN, such as "mobilenet_v2" or "resnet50", or
+            "efficientnet_lite0".
         stride: model pixels per grid cell, 32 or, where the network allows it, 16.
     """
 
@@ -176,7 +177,7 @@ class EncoderConfig(_Settings):
         self._make_numbers_plain()
         _require(
             isinstance(self.backbone, str) and bool(self.backbone),
-            f"backbone must be the name of a torchvision CNN, got {self.backbone!r}",
+            f"backbone must be the name of a CNN, got {self.backbone!r}",
         )
         _require_one_of("stride", self.stride, (16, 32))
 

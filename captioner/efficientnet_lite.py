@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ _STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
 
 
 class _Convolution(Conv2dNormActivation):
-    """Convolution, batch norm and ReLU6; padded as TensorFlow pads an even side."""
+    """Convolution, batch norm and ReLU6; padded as TensorFlow pads an even side where the stride was made 2."""
 
     def __init__(
         self, wide_in: int, wide_out: int, *, kernel_px: int, stride: int = 1, groups: int = 1, active: bool = True
@@ -58,18 +58,20 @@ class _Convolution(Conv2dNormActivation):
             wide_out,
             kernel_px,
             stride,
-            padding=0 if stride == 2 else kernel_px // 2,
+            padding=0 if stride == 2 else kernel_px // 2,  # 0: `forward` pads
             groups=groups,
             norm_layer=lambda channels: nn.BatchNorm2d(channels, eps=_NORM_EPS, momentum=_NORM_MOMENTUM),
             activation_layer=nn.ReLU6 if active else None,
         )
-        before, behind = (kernel_px - 2) // 2, (kernel_px - 1) // 2
-        self.pad = (before, behind, before, behind) if stride == 2 else None
+        self.pads, self.kernel_px = stride == 2, kernel_px
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """Return the maps of the next layer."""
-        if self.pad is not None:
-            maps_BCHW = nn.functional.pad(maps_BCHW, self.pad)
+        if self.pads:
+            before = (self.kernel_px - 2) // 2
+            # The stride of today: an encoder with a finer grid has taken one of them away.
+            behind = self.kernel_px - int(cast(nn.Conv2d, self[0]).stride[0]) - before
+            maps_BCHW = nn.functional.pad(maps_BCHW, (before, behind, before, behind))
         result: Tensor = super().forward(maps_BCHW)
         return result
 

