@@ -18,7 +18,7 @@ from captioner.confidence import confidence
 from captioner.config import ModelConfig, SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
-from captioner.images import Source
+from captioner.images import Picture, Source, open_picture
 from captioner.model_folder import ModelFolder, copy_folder, read_folder
 from captioner.prepared import PreparedPicture, prepare
 from captioner.runtimes import Runtime, open_runtime
@@ -390,6 +390,22 @@ class Captioner:
                 f"{[3, config.side_px, config.side_px]}; prepare it with this model's config.preprocessing"
             )
         return picture
+
+    def open(self, picture: Source, *, name: str | None = None, side_px: int | None = None) -> Picture:
+        """Open a picture to show it: `captioner.images.open_picture`, which a service does within its limits.
+
+        Args:
+            picture: as for `caption`.
+            name: what to call it in messages; default: its path, or "<bytes>" and the like.
+            side_px: the side that is needed; a larger JPEG is decoded at reduced scale.
+
+        Returns:
+            The picture, upright.
+
+        Raises:
+            ImageError: when it cannot be read.
+        """
+        return open_picture(picture, name=name, side_px=side_px)
 
     def _geometry(self, picture: PreparedPicture) -> Geometry:
         side_px = self.config.preprocessing.side_px

@@ -23,7 +23,7 @@ from captioner.batching import Batcher, Ticket
 from captioner.caption import Caption, Word
 from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
-from captioner.images import ImageLimits, Source
+from captioner.images import ImageLimits, Picture, Source, open_picture
 from captioner.prepared import PreparedPicture, prepare
 from captioner.requests import CALLER, RequestRecord, Turnstile, WordStream
 from captioner.telemetry import Telemetry
@@ -284,6 +284,27 @@ class Service:
                 future = self._put(ticket, record, picture, _Alone(words.run), limit=1)
         return words.follow(future)
 
+    def open(self, picture: Source, *, name: str | None = None, side_px: int | None = None) -> Picture:
+        """Open a picture to show it; that takes a place in the queue and a turn at the decoder, as captions do.
+
+        Args:
+            picture: as for `Captioner.caption`.
+            name: what to call it in messages; default: its path, or "<bytes>" and the like.
+            side_px: the side that is needed; a larger JPEG is decoded at reduced scale.
+
+        Returns:
+            The picture, upright.
+
+        Raises:
+            ImageError: when it cannot be read, or is over a limit.
+        """
+        with (
+            RequestRecord(self.telemetry, "open", pictures=1),
+            self._places(1) as ticket,
+            self._decoder(ticket.deadline_s),
+        ):
+            return open_picture(picture, name=name, limits=self._image_limits, side_px=side_px)
+
     # --- In the caller's thread ---
 
     def _options(self, options: dict[str, Any]) -> SearchOptions:
@@ -313,8 +334,6 @@ class Service:
         limit: int,
     ) -> Future[Any]:
         caller = CALLER.get()
-        if caller is not None:
-            caller.require_present()
         item = self._batcher.put(ticket, key, self._prepare(picture, ticket.deadline_s), limit=limit)
         record.watch(item)
         if caller is not None:
@@ -323,11 +342,20 @@ class Service:
 
     def _prepare(self, picture: Source | PreparedPicture, deadline_s: float) -> PreparedPicture:
         if isinstance(picture, PreparedPicture):
+            _require_present()
             return self.captioner.prepare(picture)
+        with self._decoder(deadline_s):
+            return prepare(picture, self.captioner.config.preprocessing, limits=self._image_limits)
+
+    @contextlib.contextmanager
+    def _decoder(self, deadline_s: float) -> Iterator[None]:
+        """Take a turn at the decoder."""
+        _require_present()
         if not self._decoding.enter(deadline_s):
             raise ServiceTimeoutError("the picture was not decoded within the time limit; try again later")
         try:
-            return prepare(picture, self.captioner.config.preprocessing, limits=self._image_limits)
+            _require_present()
+            yield
         finally:
             self._decoding.leave()
 
@@ -339,6 +367,12 @@ class Service:
             return [key.action(pictures[0])]
         found = self.captioner.caption_batch(pictures, batch_size=len(pictures), on_error="return", **key.to_dict())
         return list(found)
+
+
+def _require_present() -> None:
+    """Raise `CancelledError` where the one for whom this thread works has left."""
+    if (caller := CALLER.get()) is not None:
+        caller.require_present()
 
 
 def _result(future: Future[Any]) -> Any:

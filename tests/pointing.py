@@ -70,6 +70,9 @@ class PointingCaptioner:
             alternatives=alternatives,
         )
 
+    def open(self, picture, *, name=None, side_px=None):
+        return open_picture(picture, name=name, side_px=side_px)
+
     def caption(self, picture, **options):
         chosen = SearchOptions.from_dict(options)
         self.gate(picture)

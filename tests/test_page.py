@@ -16,6 +16,7 @@ from pointing import CELLS, FIRST_READING, GRID_HW, HEADS, LAYERS, PointingCapti
 
 from captioner import ConfigError, SearchError, SearchOptions, page
 from captioner.overlay import COLOUR_MAP
+from captioner.service import Service, ServiceLimits
 
 CAPTIONER = PointingCaptioner()
 PARTS = ("strip", "stage", "compare")
@@ -179,6 +180,25 @@ def test_an_error_of_the_model_about_the_file_shows_no_path(tmp_path):
         message = last(photo(tmp_path), "holiday.jpg", model=model)
         assert message["error"].startswith("holiday.jpg.lost: ")
         assert str(tmp_path) not in message["error"]
+
+
+def test_a_picture_over_the_services_limit_is_never_looked_at(tmp_path, tiny_captioner):
+    large = photo(tmp_path, (100, 50))
+    with Service(tiny_captioner, limits=ServiceLimits(max_pixels=100 * 50 - 1)) as service:
+        (message,) = told(large, "holiday.jpg", model=service)
+        assert "phase" not in message
+        assert "limit" in message["error"]
+        assert told(photo(tmp_path, (90, 50)), model=service)[0]["phase"] == "looking"
+
+
+def test_a_picture_is_not_looked_at_while_the_service_is_full_or_closed(tmp_path, tiny_captioner):
+    with Service(tiny_captioner, limits=ServiceLimits(max_queue=1)) as service:
+        with service._places(1):
+            (message,) = told(photo(tmp_path), model=service)
+            assert "full" in message["error"]
+        service.close(0)
+        (message,) = told(photo(tmp_path), model=service)
+        assert "closing" in message["error"]
 
 
 def test_own_sentences_are_scored_or_refused_in_the_librarys_words(tmp_path):

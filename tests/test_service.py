@@ -678,6 +678,23 @@ def test_a_stream_that_is_closed_early_frees_the_model(make, captioner):
     assert service.caption(picture(2)) == ("2", 3)
 
 
+def test_a_picture_is_opened_within_the_limits_in_turn_and_for_who_is_there(make):
+    service = make(max_pixels=64 * 40, timeout_s=1, max_queue=8)
+    png = encode(gradient(), "PNG")
+    assert service.open(png, name="mine").full_hw_px == (40, 64)
+    with pytest.raises(ImageTooLargeError):
+        service.open(encode(gradient().resize((65, 40)), "PNG"))
+    with Callers().waiting("call") as caller:
+        caller.leave()
+        with pytest.raises(CancelledError):
+            service.open(png)
+    while service._decoding.enter(0.0):  # nobody else has a turn
+        pass
+    with pytest.raises(ServiceTimeoutError):
+        service.open(png)
+    assert service.waiting == 0
+
+
 # --- The turnstile before the decoders ---
 
 

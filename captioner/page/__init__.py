@@ -26,7 +26,7 @@ from PIL import Image
 from captioner.caption import Caption, Word
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
-from captioner.images import open_picture
+from captioner.images import Picture
 from captioner.templates import alt_text
 
 DISPLAY_SIDE_PX = 1024
@@ -44,6 +44,9 @@ Message = dict[str, Any]
 
 class Model(Protocol):
     """What the page and its API need of a model; `captioner.Captioner` and `captioner.service.Service` have it."""
+
+    def open(self, picture: Any, *, name: str | None = ..., side_px: int | None = ...) -> Picture:
+        """Return the picture itself, as `captioner.images.open_picture` does, within the model's own limits."""
 
     def caption(self, picture: Any, **options: Any) -> Caption:
         """Return the best caption, with its alternatives."""
@@ -222,7 +225,7 @@ def tell(model: Model, path: str, name: str, options: Mapping[str, Any], *, run:
         showed before is worth keeping where the photo is not to blame.
     """
     try:
-        picture = open_picture(path, name=name, side_px=DISPLAY_SIDE_PX)
+        picture = model.open(path, name=name, side_px=DISPLAY_SIDE_PX)
         height_px, width_px = picture.full_hw_px
         message = {
             "run": run,
