@@ -25,6 +25,12 @@ READ_BLEND = """() => {
   context.drawImage(document.querySelector(".stage .frame canvas"), 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL();
 }"""
+# Lay a word under a place of the window; wait until the browser knows what lies under the mouse.
+SLIDE = """([group, index, x, y]) => {
+  const words = document.querySelector(group), box = words.children[index].getBoundingClientRect();
+  words.style.transform = `translate(${x - box.x - box.width / 2}px, ${y - box.y - box.height / 2}px)`;
+}"""
+HOVERED = "([group, text]) => document.querySelector(group + ' button:hover')?.textContent === text"
 READ_STRIP = "() => Array.from(document.querySelectorAll('.film canvas')).map((canvas) => canvas.toDataURL())"
 
 
@@ -134,6 +140,42 @@ def test_words_are_walked_by_keyboard_pointed_at_and_clicked_without_asking_the_
     assert "south" in page.text_content("[data-part=note]")
     assert (alpha(page) != pointed).any()
     assert asked == []
+
+
+def test_a_word_that_comes_to_lie_under_a_resting_mouse_is_not_pointed_at(url, visit, tmp_path):
+    page = visit(url, width=390)
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    for group in (".stage .words", ".film"):
+        names = [button.text_content() for button in page.locator(f"{group} button").all()]
+        button = page.locator(f"{group} button").first
+        button.hover()
+        box = button.bounding_box()
+        assert "north-west" in page.text_content("[data-part=note]")
+        page.focus(f"{group} button")
+        page.keyboard.press("ArrowRight")
+        page.evaluate(SLIDE, [group, 2, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
+        page.wait_for_function(HOVERED, arg=[group, names[2]])
+        assert chosen(page) == [1]
+        assert "east" in page.text_content("[data-part=note]")
+        page.mouse.move(box["x"] + box["width"] / 2 + 1, box["y"] + box["height"] / 2 + 1)  # it does point now
+        assert "south" in page.text_content("[data-part=note]")
+        page.mouse.move(0, 0)
+        assert "east" in page.text_content("[data-part=note]")
+        page.keyboard.press("Escape")
+
+
+def test_who_takes_a_choice_back_by_a_click_sees_no_map_though_the_hand_trembles(url, visit, tmp_path):
+    page = visit(url)
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    box = word(page, "east").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for _ in range(2):
+        page.mouse.click(x, y)
+    page.mouse.move(x + 1, y)
+    assert not page.is_visible(".stage .frame canvas")
+    word(page, "south").hover()
+    word(page, "east").hover()
+    assert "east" in page.text_content("[data-part=note]")
 
 
 def test_the_words_are_one_stop_of_the_tab_key(url, visit, tmp_path):

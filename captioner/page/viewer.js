@@ -48,6 +48,15 @@ function paint(canvas, map, [rows, columns], palette, opacity) {
   context.putImageData(pixels, 0, 0);
 }
 
+// Whether the mouse itself has moved. Words that come to lie under a resting mouse, since the page was scrolled or a line
+// has grown, are not pointed at: the browser says "over" of them all the same, and some say "move" at the same place.
+let mouseAt = "", mouseMoved = false;
+document.addEventListener("pointermove", (event) => {
+  const at = event.screenX + "," + event.screenY;
+  mouseMoved = at !== mouseAt;
+  mouseAt = at;
+}, true);
+
 function fitted({ width, height }, box) {
   const scale = Math.min(box.width / width, box.height / height);
   return { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) };
@@ -150,16 +159,23 @@ function makeViewer(parts, said) {
 
   for (const group of groups) {
     const indexOf = (event) => Array.from(group.children).indexOf(event.target.closest("button"));
+    let clicked = -1;  // a hand that trembles over the word it has just clicked does not point at it anew
     group.addEventListener("click", (event) => {
       const index = indexOf(event);
-      if (index >= 0) choose(group.children[index].getAttribute("aria-pressed") === "true" ? -1 : index);
+      if (index < 0) return;
+      clicked = event.detail ? index : -1;  // 0: by a key
+      choose(group.children[index].getAttribute("aria-pressed") === "true" ? -1 : index);
     });
-    group.addEventListener("pointerover", (event) => {
-      if (event.pointerType !== "mouse" || indexOf(event) < 0 || indexOf(event) === pointed) return;
-      pointed = indexOf(event);
+    group.addEventListener("pointermove", (event) => {
+      const index = indexOf(event);
+      if (event.pointerType !== "mouse" || !mouseMoved || index === clicked) return;
+      clicked = -1;
+      if (index < 0 || index === pointed) return;
+      pointed = index;
       look();
     });
     group.addEventListener("pointerleave", () => {
+      clicked = -1;
       if (pointed < 0) return;
       pointed = -1;
       look();
