@@ -273,14 +273,15 @@ class _Tally:
             self._refuse(f"it unpacks to more than {self.limits.max_ratio} times its own size", "max_ratio")
 
     def _refuse(self, fault: str, limit: str) -> None:
-        raise DataError(f"{self.label}: {fault}; if you trust the archive, raise {limit}")
+        option = f"--{limit.replace('_', '-')}"
+        raise DataError(f"{self.label}: {fault}; if you trust the archive, raise {option} (ArchiveLimits.{limit})")
 
     def content(self, content: Content, *sizes_bytes: int) -> Content:
         """Return the content of a member, or why it is too large."""
         most = self.limits.max_member_bytes
         if max(sizes_bytes) <= most:
             return content
-        return NoContent(f"over the limit of {most} bytes; make it smaller or raise max_member_bytes")
+        return NoContent(f"over the limit of {most} bytes; make it smaller or raise --max-member-bytes")
 
 
 # --- zip ---

@@ -17,7 +17,11 @@ PICTURE_SUFFIXES = frozenset(
 FIGURE_SUFFIX = ".maps.png"
 """End of the names of the figures that `captioner.writers` draws: they are no pictures to caption."""
 
+OWN_SUFFIXES = (".txt", ".xmp", ".npz", ".jsonl", ".csv", ".parquet", ".progress", ".progress.lock")
+"""Ends of the names of what a batch run writes, which no pattern takes for pictures."""
+
 HIDDEN = "hidden files and folders"
+NO_PICTURES = "no pictures by their names"
 LeaveOut = Callable[[str, str], None]
 """Called with a reason and the name of what is left out."""
 
@@ -33,6 +37,30 @@ def is_picture_name(name: str) -> bool:
     """
     stem, dot, suffix = name.rpartition(".")
     return bool(stem) and f"{dot}{suffix.lower()}" in PICTURE_SUFFIXES and not name.lower().endswith(FIGURE_SUFFIX)
+
+
+def is_ours(name: str) -> bool:
+    """Tell by its name what a batch run may have written, so that none takes it for a picture.
+
+    Args:
+        name: of a file.
+
+    Returns:
+        Whether it may be one.
+    """
+    return name.lower().endswith((FIGURE_SUFFIX, *OWN_SUFFIXES))
+
+
+def names_suffix(pattern: str) -> bool:
+    """Tell whether a pattern names a suffix itself, so that files which are no pictures by their names may be meant.
+
+    Args:
+        pattern: such as "*.dat".
+
+    Returns:
+        Whether it ends in one, without a wildcard.
+    """
+    return re.search(r"\.[^*?\[\]/]+$", pattern) is not None
 
 
 def joined(folder: str, relative: str) -> str:
@@ -129,7 +157,7 @@ def glob_matches(
         As `walk`. What lies in a folder that fits does not come by itself.
     """
     hidden = hidden or any(part.startswith(".") for part in pattern)
-    names_suffix = re.search(r"\.[^*?\[\]]+$", pattern[-1]) is not None
+    any_suffix = names_suffix(pattern[-1])
     inside: str | None = None  # the folder that fitted last
 
     def descend(parts: tuple[str, ...]) -> bool:
@@ -146,8 +174,13 @@ def glob_matches(
         elif _fits(PurePosixPath(relative).parts, pattern):
             if relative.endswith("/"):
                 inside = relative
-            elif not (names_suffix or is_picture_name(relative) or is_archive(Path(relative))):
-                leave_out("no pictures by their names", joined(folder, relative))
+            elif not (
+                relative.lower().endswith(FIGURE_SUFFIX)  # said by whoever asks
+                or (any_suffix and not is_ours(relative))
+                or is_picture_name(relative)
+                or is_archive(Path(relative))
+            ):
+                leave_out(NO_PICTURES, joined(folder, relative))
                 continue
             yield relative, None
 

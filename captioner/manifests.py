@@ -1,11 +1,12 @@
 """Lists of pictures: a manifest file, paths on standard input, and names in braces.
 
     .txt      a path per line
-    .csv      a header that names a column image, path, file, filename or file_name
+    .csv      a header that names a column image, path, file, filename or file_name; with commas, or where the header
+              has none, with semicolons or tabs
     .jsonl    a JSON object per line with such a key
 
-Read line by line: a list may be longer than the memory holds. A path that is not UTF-8 keeps its bytes
-(`surrogateescape`, as everywhere in Python).
+Read line by line: a list may be longer than the memory holds. A bad line is said, and the next ones are read. A path
+that is not UTF-8 keeps its bytes (`surrogateescape`, as everywhere in Python).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from captioner.errors import ConfigError, DataError
 
@@ -39,86 +40,132 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def manifest_paths(path: Path) -> Iterator[str]:
+class BadLine(NamedTuple):
+    """A line of a manifest that names no path.
+
+    Args:
+        number: from 1.
+        message: fault and remedy, without the manifest's name.
+    """
+
+    number: int
+    message: str
+
+
+def manifest_paths(path: Path) -> Iterator[str | BadLine]:
     """Read the paths that a manifest names.
 
     Args:
         path: of the manifest; its suffix says what it is.
 
     Yields:
-        Each path as written; empty lines are passed over.
+        Each path as written, or what is wrong with its line; empty lines are passed over.
 
     Raises:
-        DataError: when the manifest cannot be read, lacks a fitting column, or a line is malformed, with its number.
+        ConfigError: when the manifest is in UTF-16.
+        DataError: when the manifest cannot be read, or lacks a fitting column.
     """
     reader = {".txt": _text_paths, ".csv": _csv_paths, ".jsonl": _jsonl_paths}[path.suffix.lower()]
     try:
+        with path.open("rb") as file:
+            _check_utf8(printable(str(path)), file.read(_LONGEST_PATH))
         yield from reader(path)
     except OSError as err:
         raise DataError(f"{printable(str(path))}: cannot be read ({err.strerror}); check the manifest") from err
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield each line with "FILE:LINE" for messages."""
+def _check_utf8(label: str, beginning: bytes) -> None:
+    """Refuse what Windows' "Unicode" is: read as UTF-8, every path of it would be one that is not there."""
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in beginning:
+        raise ConfigError(f"{label}: in UTF-16, or no text at all; save it as UTF-8, one path a line")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield each line with its number."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_LONGEST_LINE + 1):
             number += 1
-            where = f"{printable(str(path))}:{number}"
             if len(line) > _LONGEST_LINE:
+                where = f"{printable(str(path))}:{number}"
                 raise DataError(f"{where}: a line of more than {_LONGEST_LINE} bytes; give a list of paths")
             text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
             if text:
-                yield where, text.decode("utf-8", "surrogateescape")
+                yield number, text.decode("utf-8", "surrogateescape")
 
 
 def _text_paths(path: Path) -> Iterator[str]:
     return (text for _, text in _lines(path))
 
 
-def _csv_paths(path: Path) -> Iterator[str]:
+def _csv_paths(path: Path) -> Iterator[str | BadLine]:
+    label = printable(str(path))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        rows = csv.reader(file, strict=True, delimiter=_delimiter(path))
         column: int | None = None
-        try:
-            for row in rows:
-                where = f"{printable(str(path))}:{rows.line_num}"
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except csv.Error as err:
+                fault = f"not comma-separated values ({err}); correct this line"
                 if column is None:
-                    column = row.index(_column(where, row)) if row else None
-                elif len(row) > column:
-                    if row[column]:
-                        yield row[column]
-                elif row:
-                    raise DataError(f"{where}: only {len(row)} values; the path is in column {column + 1}")
-        except csv.Error as err:
-            where = f"{printable(str(path))}:{rows.line_num}"
-            raise DataError(f"{where}: not comma-separated values ({err}); correct this line") from err
+                    raise DataError(f"{label}:{rows.line_num}: {fault}") from err
+                yield BadLine(rows.line_num, fault)
+                continue
+            if column is None:
+                found = _column(row) if row else None
+                if isinstance(found, BadLine):
+                    raise DataError(f"{label}:{rows.line_num}: {found.message}")
+                column = None if found is None else row.index(found)
+            elif len(row) > column:
+                if row[column]:
+                    yield row[column]
+            elif row:
+                yield BadLine(rows.line_num, f"only {len(row)} values; the path is in column {column + 1}")
     if column is None:
-        raise DataError(f"{printable(str(path))}: empty; give a header that names a column {_or(COLUMNS)}")
+        raise DataError(f"{label}: empty; give a header that names a column {_or(COLUMNS)}")
 
 
-def _jsonl_paths(path: Path) -> Iterator[str]:
-    for where, text in _lines(path):
-        try:
-            row: Any = json.loads(text)
-        except (ValueError, RecursionError) as err:
-            raise DataError(f"{where}: not JSON ({printable(str(err))}); correct this line") from err
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object; write one per line with a key {_or(COLUMNS)}")
-        value = row[_column(where, list(row))]
-        if not isinstance(value, str):
-            raise DataError(f"{where}: the path must be text, got {printable(repr(value)):.60}")
-        if value:
-            yield value
+def _delimiter(path: Path) -> str:
+    """Return what parts the columns: spreadsheets of many countries write semicolons."""
+    header = next((text for _, text in _lines(path)), "")
+    return next((sign for sign in (",", ";", "\t") if sign in header), ",")
 
 
-def _column(where: str, names: list[str]) -> str:
+def _jsonl_paths(path: Path) -> Iterator[str | BadLine]:
+    for number, text in _lines(path):
+        found = _json_path(text)
+        if isinstance(found, BadLine):
+            yield found._replace(number=number)
+        elif found:
+            yield found
+
+
+def _json_path(text: str) -> str | BadLine:
+    try:
+        row: Any = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        return BadLine(0, f"not JSON ({printable(str(err))}); correct this line")
+    if not isinstance(row, dict):
+        return BadLine(0, f"not a JSON object; write one per line with a key {_or(COLUMNS)}")
+    column = _column(list(row))
+    if isinstance(column, BadLine):
+        return column
+    value = row[column]
+    if not isinstance(value, str):
+        return BadLine(0, f"the path must be text, got {printable(repr(value)):.60}")
+    return value
+
+
+def _column(names: list[str]) -> str | BadLine:
     plain = {name.strip().lower(): name for name in reversed(names)}
     for wanted in COLUMNS:
         if wanted in plain:
             return plain[wanted]
     there = printable(", ".join(names))[:200]
-    raise DataError(f"{where}: no column {_or(COLUMNS)} among {there}; rename the one with the paths")
+    return BadLine(0, f"no column {_or(COLUMNS)} among {there}; rename the one with the paths")
 
 
 def _or(names: tuple[str, ...]) -> str:
@@ -135,6 +182,7 @@ def stream_paths(stream: IO[Any]) -> Iterator[str]:
         Each path.
 
     Raises:
+        ConfigError: when it is in UTF-16.
         DataError: for a path of more than 8192 bytes.
     """
     binary = getattr(stream, "buffer", stream)
@@ -149,6 +197,8 @@ def stream_paths(stream: IO[Any]) -> Iterator[str]:
         data = chunk()
         rest += data
     separator = b"\0" if b"\0" in rest else b"\n"
+    if rest.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0\0\0" in (rest[2:8:2], rest[3:9:2]):
+        raise ConfigError("standard input: in UTF-16; write the paths in UTF-8, one a line")
     while True:
         *paths, rest = rest.split(separator)
         for path in paths:

@@ -1,7 +1,9 @@
 """Where pictures come from: files, folders, globs, manifests, archives and standard input → `SourcePicture`s.
 
-Nothing is opened but lists and archives, and nothing is held but one folder's names at a time. The same sources give
-the same pictures in the same order: sources as given, a folder by the code points of the paths, an archive as it is.
+A source that turns out to be damaged, a bad line of a list and a folder that cannot be read are pictures too, ones that
+fail: what comes after them is found all the same. Nothing is opened but lists and archives, and nothing is held but one
+folder's names at a time. The same sources give the same pictures in the same order: sources as given, a folder by the
+code points of the paths, an archive as it is.
 
 Where a result lies in a mirrored output, `SourcePicture.relative`, is below the nearest folder that holds all sources
 (an archive counts as a folder), so that no two pictures share a place.
@@ -10,6 +12,7 @@ Where a result lies in a mirrored output, `SourcePicture.relative`, is below the
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
 import re
 import stat
@@ -30,10 +33,24 @@ from captioner.archives import (
     read_members,
 )
 from captioner.errors import ConfigError, DataError, ImageReadError
-from captioner.folders import FIGURE_SUFFIX, HIDDEN, glob_matches, is_picture_name, joined, walk
-from captioner.manifests import MANIFEST_SUFFIXES, expand_braces, manifest_paths, printable, stream_paths
+from captioner.folders import (
+    FIGURE_SUFFIX,
+    HIDDEN,
+    NO_PICTURES,
+    glob_matches,
+    is_ours,
+    is_picture_name,
+    joined,
+    names_suffix,
+    walk,
+)
+from captioner.manifests import BadLine, manifest_paths, printable, stream_paths
+from captioner.places import Source, absolute, member_place, plain_name, resolve, spelled
+
+__all__ = ["SourcePicture", "find_pictures", "ignore", "member_place", "spelled"]
 
 _OUTSIDE = "_outside"
+_AGAIN = "reached before"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,98 +132,40 @@ def find_pictures(
             - an archive: .zip, .tar, .tar.gz, .tar.bz2, .tar.xz (.tar.zst from Python 3.14 on), such as the shards of
               WebDataset; `shards-{000..012}.tar` names several
             - "-", paths on standard input, one a line or NUL-separated
-        pattern: which files of folders and archives to take instead of those with the suffix of a picture: "*.jpg"
-            goes by the name, "2024/*.jpg" by the path below the source; upper and lower case are the same, and `*`
-            stands for slashes too.
+        pattern: which pictures of folders and archives to take: "*.jpg" goes by the name, "2024/*.jpg" by the path
+            below the source; upper and lower case are the same, and `*` stands for slashes too. One that names a suffix
+            itself, "*.dat", takes files of that suffix too.
         hidden: take files and folders too whose names begin with a dot.
         limits: of archives.
         stdin: read for "-"; default: standard input.
-        note: called with one line about what was left out: hidden files, links in a circle, files reached twice.
+        note: called with one line about what was left out (hidden files, links in a circle, files reached twice, files
+            that are no pictures by their names), and about a source that gives no picture or is damaged.
 
     Returns:
-        An iterator over the pictures. A file that was there before is left out; so a file is captioned once. The
-        iterator raises DataError when a list or archive turns out to be damaged, after what comes before.
+        An iterator over the pictures. A file that was there before is left out; so a file is captioned once. A list
+        or archive that turns out to be damaged is, after what comes before, a picture of its own name that cannot be
+        read.
 
     Raises:
         ConfigError: at once, when there is no source, or one cannot be understood: no such folder, a glob that fits
-            nothing, a damaged archive, a manifest without a fitting column.
+            nothing, a list in UTF-16; or when every source is a damaged archive, or a list without a fitting column.
     """
     if isinstance(sources, str | os.PathLike) or not sources:
         raise ConfigError(f"sources must be a list of at least one file, folder or archive, got {sources!r}")
-    texts = [text for source in sources for text in _spelled(os.fspath(source))]
+    texts = [text for source in sources for text in spelled(os.fspath(source))]
     if texts.count("-") > 1:
         raise ConfigError("'-' is given twice, but standard input can be read only once; give it once")
-    plan = [_resolve(text) for text in texts]
-    finder = _Finder(plan, pattern, hidden, limits, sys.stdin if stdin is None else stdin, note)
-    for source in plan:
-        finder.check(source)
+    plan = [resolve(text) for text in texts]
+    stdin = sys.stdin if stdin is None else stdin
+    if "-" in texts and (stdin is None or stdin.closed):
+        raise ConfigError("-: standard input is closed; give it a list of paths, or name the sources")
+    finder = _Finder(plan, pattern, hidden, limits, stdin or io.StringIO(), note)
+    faults = [fault for source in plan if (fault := finder.check(source)) is not None]
+    if len(faults) == len(plan):
+        raise ConfigError(str(faults[0])) from faults[0]
+    for fault in faults:
+        note(str(fault))
     return finder.pictures()
-
-
-# --- What a source is ---
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A source that was understood.
-
-    Args:
-        kind: "file", "folder", "glob", "archive", "manifest" or "stdin".
-        text: as given; of a glob, the folder before its first wildcard.
-        root: absolute; the folder that holds its pictures.
-        parts: of a glob, what follows the folder.
-    """
-
-    kind: str
-    text: str
-    root: str
-    parts: tuple[str, ...] = ()
-
-
-def _spelled(text: str) -> list[str]:
-    return [text] if os.path.lexists(text) else expand_braces(text)
-
-
-def _resolve(text: str) -> _Source:
-    if text == "-":
-        return _Source("stdin", text, str(Path.cwd()))
-    if not text or "\0" in text:
-        raise ConfigError(f"{text!r} is not the name of a file or folder; correct it")
-    label = printable(text)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise ConfigError(f"{label}: a URL, and nothing is fetched; download it first and give the file")
-    path = Path(text)
-    if path.is_dir():
-        return _Source("folder", str(path), _absolute(text))
-    there = os.path.lexists(text)
-    if not there and re.search(r"[*?\[]", text):
-        first = next(i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part))
-        folder = str(Path(*path.parts[:first]))
-        return _Source("glob", folder, _absolute(folder), path.parts[first:])
-    if is_archive(path):
-        return _Source("archive", str(path), _absolute(text))
-    if path.suffix.lower() in MANIFEST_SUFFIXES:
-        return _Source("manifest", str(path), _absolute(str(path.parent)))
-    if not there and (text.endswith("/") or not path.suffix):
-        raise ConfigError(f"{label}: no such file or folder; check the path")
-    return _Source("file", str(path), _absolute(str(path.parent)))
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(path)  # noqa: PTH100 - `Path.absolute` keeps "..", and `resolve` follows links
-
-
-def member_place(name: str) -> PurePosixPath:
-    """Turn a member's name into a path that leads nowhere else: "../a.jpg" → "__/a.jpg", "/a.jpg" → "a.jpg".
-
-    Args:
-        name: in the archive.
-
-    Returns:
-        A relative path without "..".
-    """
-    parts = name.replace("\\", "/").split("/")
-    return PurePosixPath(*("__" if part == ".." else part for part in parts if part not in ("", ".")))
 
 
 # --- The walk ---
@@ -226,7 +185,7 @@ class _Finder:
 
     def __init__(
         self,
-        plan: Sequence[_Source],
+        plan: Sequence[Source],
         pattern: str | None,
         hidden: bool,
         limits: ArchiveLimits,
@@ -237,6 +196,7 @@ class _Finder:
         self._root = os.path.commonpath([source.root for source in plan])
         self._pattern = None if pattern is None else re.compile(fnmatch.translate(pattern), re.IGNORECASE)
         self._pattern_has_folder = pattern is not None and "/" in pattern
+        self._any_suffix = pattern is not None and names_suffix(pattern)
         self._hidden = hidden
         self._limits = limits
         self._stdin = stdin
@@ -245,16 +205,18 @@ class _Finder:
         self._seen_names: set[str] = set()  # of what is missing, or has several names
         self._left_out: dict[str, tuple[int, str]] = {}  # how many, and the first of them, by the reason
 
-    def check(self, source: _Source) -> None:
-        """Raise ConfigError when nothing can come from a source."""
+    def check(self, source: Source) -> DataError | None:
+        """Raise ConfigError when a source cannot be meant, and return its fault when it is damaged at its beginning."""
         label = printable(source.text)
         try:
             if source.kind == "archive":
                 check_archive(Path(source.text), self._limits)
             elif source.kind == "manifest":
-                next(manifest_paths(Path(source.text)), None)
+                first = next(manifest_paths(Path(source.text)), None)
+                if isinstance(first, BadLine):
+                    return DataError(f"{label}:{first.number}: {first.message}")
         except DataError as err:
-            raise ConfigError(str(err)) from err
+            return err
         if source.kind in ("folder", "glob"):
             try:
                 os.scandir(source.text).close()
@@ -264,20 +226,27 @@ class _Finder:
             fits = joined(label, printable("/".join(source.parts)))
             raise ConfigError(f"{fits}: fits no picture, folder or archive; check the pattern")
         self._left_out.clear()
+        return None
 
     def pictures(self) -> Iterator[SourcePicture]:
         """Yield the pictures of all sources."""
-        kinds: dict[str, Callable[[_Source], Iterator[SourcePicture]]] = {
+        kinds: dict[str, Callable[[Source], Iterator[SourcePicture]]] = {
             "file": lambda source: self._file(source.text),
             "folder": lambda source: self._folder(source.text),
             "glob": self._glob,
             "archive": lambda source: self._archive(source.text),
             "manifest": self._manifest,
-            "stdin": lambda _: (found for path in stream_paths(self._stdin) for found in self._file(path)),
+            "stdin": self._standard_input,
         }
         try:
             for source in self._plan:
-                yield from kinds[source.kind](source)
+                count, again = 0, self._left_out.get(_AGAIN)
+                for picture in kinds[source.kind](source):
+                    count += 1
+                    yield picture
+                if not count and self._left_out.get(_AGAIN) == again:
+                    name = joined(source.text, "/".join(source.parts)) if source.parts else source.text
+                    self._note(f"{printable(name)}: gives no picture")
         finally:
             for reason, (count, first) in self._left_out.items():
                 self._note(f"left out, {reason}: {count} (first: {printable(first)})")
@@ -316,16 +285,16 @@ class _Finder:
             new = found.st_ino not in seen
             seen.add(found.st_ino)
         else:
-            place = _absolute(name) if found is None else os.path.realpath(name)
+            place = absolute(name) if found is None else os.path.realpath(name)
             new = place not in self._seen_names
             self._seen_names.add(place)
         if not new:
-            self._leave_out("reached before", name)
+            self._leave_out(_AGAIN, name)
         return new
 
     def _place(self, name: str) -> PurePosixPath:
         """Return where a file's results lie in a mirrored output."""
-        path = _absolute(name)
+        path = absolute(name)
         root = self._root.rstrip("/") + "/"
         if path.startswith(root):
             return PurePosixPath(path.removeprefix(root))
@@ -338,20 +307,32 @@ class _Finder:
             name = joined(folder, relative)
             if fault is not None:
                 yield self._bad_folder(name, fault)
-            elif not relative.endswith("/") and self._is_wanted(relative):
+            elif not relative.endswith("/") and self._is_wanted(relative, name):
                 yield from self._file(name)
 
-    def _is_wanted(self, relative: str) -> bool:
+    def _is_wanted(self, relative: str, name: str) -> bool:
+        """Tell whether a file of a folder or archive is taken, by its path below that; `name` is for the note."""
         base = relative.rpartition("/")[2]
         if base.lower().endswith(FIGURE_SUFFIX):
-            self._leave_out("figures that captioner drew", relative)
+            self._leave_out("figures that captioner drew", name)
             return False
-        if self._pattern is None:
-            return is_picture_name(base)
-        return self._pattern.match(relative if self._pattern_has_folder else base) is not None
+        if is_ours(base):
+            return False
+        if self._pattern is not None and not self._pattern.match(relative if self._pattern_has_folder else base):
+            return False
+        if is_picture_name(base) or self._any_suffix:
+            return True
+        if is_archive(Path(base)):
+            self._leave_out("archives in folders, which are opened only when they are named", name)
+        else:
+            self._leave_out(NO_PICTURES, name)
+        return False
 
     def _bad_folder(self, name: str, fault: OSError) -> SourcePicture:
-        message = f"the folder cannot be read ({fault.strerror}); change its permissions"
+        return self._bad(name, f"the folder cannot be read ({fault.strerror}); change its permissions")
+
+    def _bad(self, name: str, message: str) -> SourcePicture:
+        """Return what stands for pictures that cannot be found."""
         return SourcePicture(
             name=name,
             path=Path(name),
@@ -362,10 +343,10 @@ class _Finder:
             content=NoContent(message),
         )
 
-    def _glob_matches(self, source: _Source) -> Iterator[tuple[str, OSError | None]]:
+    def _glob_matches(self, source: Source) -> Iterator[tuple[str, OSError | None]]:
         return glob_matches(source.text, source.parts, hidden=self._hidden, leave_out=self._leave_out)
 
-    def _glob(self, source: _Source) -> Iterator[SourcePicture]:
+    def _glob(self, source: Source) -> Iterator[SourcePicture]:
         for relative, fault in self._glob_matches(source):
             name = joined(source.text, relative).rstrip("/") if relative else source.text
             if fault is not None:
@@ -379,6 +360,18 @@ class _Finder:
             else:
                 yield from self._file(name)
 
+    # Standard input
+
+    def _standard_input(self, source: Source) -> Iterator[SourcePicture]:
+        try:
+            for path in stream_paths(self._stdin):
+                yield from self._file(plain_name(path))
+        except DataError as err:
+            yield self._bad_source(source.text, err)
+
+    def _bad_source(self, name: str, err: DataError) -> SourcePicture:
+        return self._bad(name, str(err).removeprefix(f"{printable(name)}: "))
+
     # Archives and lists
 
     def _archive(self, name: str) -> Iterator[SourcePicture]:
@@ -386,38 +379,51 @@ class _Finder:
         found = self._stat(name)
         if not self._is_new(name, found):
             return
-        place = self._archive_place(name)
-        met: set[str] = set()
+        try:
+            yield from self._members(name, path, None if found is None else found.st_mtime_ns)
+        except DataError as err:
+            yield self._bad_source(name, err)
+
+    def _members(self, name: str, path: Path, mtime_ns: int | None) -> Iterator[SourcePicture]:
+        folder = self._archive_place(name)
+        met: set[PurePosixPath] = set()  # "a.jpg" and "/a.jpg" are two names of one place
         for member in read_members(path, self._limits, lambda inner: self._is_shown(name, inner)):
             full = f"{name}!/{member.name}"
+            place = member_place(member.name)
             if member.content is None:
                 self._leave_out("links within archives", full)
-            elif member.name in met:
-                self._leave_out("members of the same name", full)
+            elif place in met:
+                self._leave_out("members of the same name as one before", full)
             else:
-                met.add(member.name)
+                met.add(place)
                 yield SourcePicture(
                     name=full,
                     path=path,
                     member=member.name,
                     size_bytes=member.size_bytes,
-                    mtime_ns=None if found is None else found.st_mtime_ns,
-                    relative=place / member_place(member.name),
+                    mtime_ns=mtime_ns,
+                    relative=folder / place,
                     content=member.content,
                 )
 
     def _archive_place(self, name: str) -> PurePosixPath:
-        return PurePosixPath() if _absolute(name) == self._root else self._place(name)
+        return PurePosixPath() if absolute(name) == self._root else self._place(name)
 
     def _is_shown(self, archive: str, inner: str) -> bool:
         # "__MACOSX" holds what a Mac packs beside each file of a zip, under the file's own name.
         if self._hidden or not any(part.startswith(".") or part == "__MACOSX" for part in member_place(inner).parts):
-            return self._is_wanted(inner)
+            return self._is_wanted(inner, f"{archive}!/{inner}")
         if is_picture_name(inner):
             self._leave_out(HIDDEN, f"{archive}!/{inner}")
         return False
 
-    def _manifest(self, source: _Source) -> Iterator[SourcePicture]:
+    def _manifest(self, source: Source) -> Iterator[SourcePicture]:
         folder = str(Path(source.text).parent)
-        for line in manifest_paths(Path(source.text)):
-            yield from self._file(line if line.startswith("/") else joined(folder, line))
+        try:
+            for line in manifest_paths(Path(source.text)):
+                if isinstance(line, BadLine):
+                    yield self._bad(f"{source.text}:{line.number}", line.message)
+                else:
+                    yield from self._file(plain_name(line if line.startswith("/") else joined(folder, line)))
+        except DataError as err:
+            yield self._bad_source(source.text, err)

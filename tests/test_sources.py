@@ -22,11 +22,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pictures import encode, gradient
 
-from captioner.archives import ArchiveLimits
+from captioner.archives import ArchiveLimits, NoContent
 from captioner.errors import ConfigError, DataError, ImageReadError
 from captioner.images import open_picture
 from captioner.manifests import expand_braces, stream_paths
@@ -79,14 +79,16 @@ def make_zip(path, members, method=zipfile.ZIP_DEFLATED):
 
 
 def collect(iterator):
-    """What an iterator yields before its error, and the error."""
-    found = []
-    try:
-        for item in iterator:
-            found.append(item)
-    except DataError as err:
-        return found, err
-    return found, None
+    """The pictures that were found, and what stands for those that cannot be: the last such error."""
+    found, error = [], None
+    for picture in iterator:
+        if isinstance(picture.content, NoContent) and picture.member is None:
+            with pytest.raises(ImageReadError) as caught:
+                picture.read()
+            error = str(caught.value)
+        else:
+            found.append(picture)
+    return found, error
 
 
 # --- Files and folders ---
@@ -211,7 +213,9 @@ def test_hidden_files_and_folders_are_left_out_and_counted_unless_asked_for(tmp_
     assert found == ["a.jpg"]
     assert len(notes) == 1
     assert "hidden files and folders: 3 (first: " in notes[0]
-    assert below(tmp_path, hidden=True) == ([".b.jpg", ".git/c.jpg", "a.jpg", "d/._e.jpg"], [])
+    found, notes = below(tmp_path, hidden=True)
+    assert found == [".b.jpg", ".git/c.jpg", "a.jpg", "d/._e.jpg"]
+    assert notes == [f"left out, no pictures by their names: 1 (first: {tmp_path}/d/.DS_Store)"]
 
 
 def test_a_hidden_folder_that_is_named_is_taken(tmp_path):
@@ -262,12 +266,50 @@ def test_figures_of_our_own_are_no_pictures(tmp_path):
 # --- Patterns and globs ---
 
 
-def test_a_pattern_takes_what_fits_whatever_its_suffix(tmp_path):
-    make(tmp_path, "a.JPG", "b.png", "c.dat", "x/d.jpg", "x/c.dat")
+def test_a_pattern_takes_pictures_and_other_files_only_where_it_names_their_suffix(tmp_path):
+    make(tmp_path, "a.JPG", "b.png", "c.dat", "x/d.jpg", "x/c.dat", "a.b/c")
     assert below(tmp_path, pattern="*.jpg")[0] == ["a.JPG", "x/d.jpg"]
-    assert below(tmp_path, pattern="c.*")[0] == ["c.dat", "x/c.dat"]
-    assert below(tmp_path, pattern="x/*")[0] == ["x/c.dat", "x/d.jpg"]
+    assert below(tmp_path, pattern="c.*")[0] == []
+    assert below(tmp_path, pattern="*.dat")[0] == ["c.dat", "x/c.dat"]
+    assert below(tmp_path, pattern="x/*")[0] == ["x/d.jpg"]
+    assert below(tmp_path, pattern="a.b/*")[0] == []
     assert below(tmp_path, pattern="*.xyz")[0] == []
+
+
+def test_what_a_run_has_written_is_never_a_picture(tmp_path):
+    written = ["a.txt", "a.jpg.xmp", "a.maps.npz", "a.maps.png", "captions.jsonl", "captions.csv", "captions.parquet"]
+    make(tmp_path, "a.jpg", *written, "captions.progress", "captions.progress.lock", "captions.records.jsonl")
+    for pattern in (None, "*", "*a*"):
+        assert below(tmp_path, pattern=pattern)[0] == ["a.jpg"]
+    for suffix in ("txt", "xmp", "npz", "png", "progress", "lock", "jsonl", "csv", "parquet"):
+        assert below(tmp_path, pattern=f"*.{suffix}")[0] == []
+    assert below(tmp_path, f"{tmp_path}/*")[0] == ["a.jpg"]
+    with pytest.raises(ConfigError, match="fits no picture"):
+        find_pictures([f"{tmp_path}/*.progress"])
+
+
+# --- Nothing is left out in silence ---
+
+
+def test_files_that_are_no_pictures_and_archives_in_folders_are_counted(tmp_path):
+    make(tmp_path, "a.jpg", "b.pdf", "s/c.mov", "s/more.zip", "s/old.tar.gz", "a.txt")
+    found, notes = below(tmp_path)
+    assert found == ["a.jpg"]
+    assert [note.partition(" (first")[0] for note in notes] == [
+        "left out, no pictures by their names: 2",
+        "left out, archives in folders, which are opened only when they are named: 2",
+    ]
+
+
+def test_a_source_that_gives_no_picture_is_said(tmp_path):
+    make(tmp_path / "texts", "a.txt")
+    make(tmp_path / "photos", "a.jpg")
+    make_zip(tmp_path / "p.zip", [("readme.txt", b"no")])
+    (tmp_path / "list.txt").write_text("\n")
+    sources = [tmp_path / name for name in ("texts", "photos", "p.zip", "list.txt")]
+    found, notes = below(tmp_path, *sources, "-", stdin=io.StringIO(""))
+    assert found == ["photos/a.jpg"]
+    assert notes == [f"{name}: gives no picture" for name in (*map(str, (sources[0], *sources[2:])), "-")]
 
 
 def test_a_glob_finds_what_a_shell_would(tmp_path):
@@ -322,7 +364,19 @@ def test_the_lines_of_a_manifest_are_relative_to_it(tmp_path, monkeypatch):
     lines = f"\ufeffp/a.jpg\r\n\r\n../b.jpg\n{tmp_path}/b.jpg\n# c.jpg"
     (tmp_path / "lists/all.txt").write_text(lines)
     monkeypatch.chdir(tmp_path)
-    assert names("lists/all.txt") == ["lists/p/a.jpg", "lists/../b.jpg", "lists/# c.jpg"]
+    assert names("lists/all.txt") == ["lists/p/a.jpg", "b.jpg", "lists/# c.jpg"]
+
+
+def test_a_picture_has_one_name_however_a_list_spells_it(tmp_path, monkeypatch):
+    make(tmp_path, "p/a.jpg", "q/b.jpg")
+    (tmp_path / "p/link").symlink_to(tmp_path / "q")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("p/a.jpg", "./p/a.jpg", "p//a.jpg", "p/./a.jpg", "q/../p/a.jpg", "./q/.././p/a.jpg"):
+        assert names("-", stdin=io.StringIO(spelling)) == ["p/a.jpg"]
+        (tmp_path / "list.txt").write_text(spelling)
+        assert names("list.txt") == names("./list.txt") == ["p/a.jpg"]
+    # Out of a link, ".." leads to where the link leads: this is no other name of p/a.jpg.
+    assert names("-", stdin=io.StringIO("p/link/../a.jpg")) == ["p/link/../a.jpg"]
 
 
 @pytest.mark.parametrize("column", ["image", "path", "file", "filename", "file_name", " Image "])
@@ -365,10 +419,11 @@ def test_a_manifest_that_cannot_be_understood_is_refused_at_once(tmp_path, name,
         ("m.jsonl", '{"image": "a.jpg"}\n{"caption": ""}\n', "m.jsonl:2: no column"),
     ],
 )
-def test_a_fault_further_down_comes_after_what_was_read(tmp_path, name, text, fault):
-    (tmp_path / name).write_text(text)
+def test_a_bad_line_further_down_is_a_picture_that_fails_and_the_next_ones_are_read(tmp_path, name, text, fault):
+    later = {"m.csv": "3,b.jpg\n", "m.jsonl": '{"image": "b.jpg"}\n'}[name] if "not comma" not in fault else ""
+    (tmp_path / name).write_text(text + later)
     found, error = collect(find_pictures([tmp_path / name]))
-    assert [picture.relative.name for picture in found] == ["a.jpg"]
+    assert [picture.relative.name for picture in found] == (["a.jpg", "b.jpg"] if later else ["a.jpg"])
     assert error is not None
     assert fault in str(error)
 
@@ -388,6 +443,7 @@ def test_a_manifest_names_bytes_that_are_no_text_and_what_no_file_can_be_called(
 
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=6).map(lambda ps: [p.replace(b"\0", b"/") for p in ps]))
 def test_paths_on_standard_input_are_read_as_they_are_written(paths):
+    assume(not paths or paths[0][:2] not in (b"\xff\xfe", b"\xfe\xff"))  # with which UTF-16 begins
     assert [os.fsencode(path) for path in stream_paths(io.BytesIO(b"".join(p + b"\0" for p in paths)))] == paths
     lines = [path for path in (p.replace(b"\n", b"").rstrip(b"\r") for p in paths) if path]
     for end in (b"", b"\n"):
@@ -411,11 +467,63 @@ def test_standard_input_is_a_source_beside_others(tmp_path, monkeypatch):
     assert names("-", "a.jpg", stdin=io.StringIO("b.jpg\nphotos/gone.jpg")) == ["b.jpg", "photos/gone.jpg", "a.jpg"]
     with pytest.raises(ConfigError, match="'-' is given twice"):
         find_pictures(["-", "-"])
-    with pytest.raises(DataError, match="a path of more than"):
-        list(find_pictures(["-"], stdin=io.BytesIO(b"x" * 10_000)))
+    found, error = collect(find_pictures(["-", "a.jpg"], stdin=io.BytesIO(b"b.jpg\n" + b"x" * 10_000)))
+    assert [picture.name for picture in found] == ["b.jpg", "a.jpg"]
+    assert "standard input: a path of more than" in str(error)
+
+
+def test_a_closed_standard_input_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="-: standard input is closed"):
+        find_pictures(["-"])
+    closed = io.StringIO()
+    closed.close()
+    with pytest.raises(ConfigError, match="-: standard input is closed"):
+        find_pictures(["-"], stdin=closed)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["m.txt", "m.csv", "m.jsonl"])
+def test_a_list_in_utf16_is_refused_at_once(tmp_path, encoding, name):
+    make(tmp_path, "a.jpg")
+    (tmp_path / name).write_bytes("image\r\na.jpg\r\n".encode(encoding))
+    with pytest.raises(ConfigError, match=f"{name}: in UTF-16, .* save it as UTF-8"):
+        find_pictures([tmp_path / name, tmp_path / "a.jpg"])
+    if encoding == "utf-16":
+        with pytest.raises(ConfigError, match="standard input: in UTF-16"):
+            list(find_pictures(["-"], stdin=io.BytesIO((tmp_path / name).read_bytes())))
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_csv_may_be_parted_by_semicolons_or_tabs(tmp_path, sign):
+    (tmp_path / "m.csv").write_text(f'id{sign}image\n1{sign}a.jpg\n2{sign}"b{sign} c,d.jpg"\n')
+    assert below(tmp_path, tmp_path / "m.csv")[0] == ["a.jpg", f"b{sign} c,d.jpg"]
 
 
 # --- Sources that cannot be understood ---
+
+
+def test_a_damaged_source_is_one_picture_that_fails_and_the_others_are_read(tmp_path):
+    make(tmp_path, "p/a.jpg")
+    make_zip(tmp_path / "good.zip", [("b.jpg", JPEG)])
+    (tmp_path / "bad.zip").write_bytes(b"no zip")
+    (tmp_path / "cut.tar").write_bytes(tar_bytes([("c.jpg", JPEG), ("d.jpg", JPEG)])[: 512 + 512 * (len(JPEG) // 512)])
+    (tmp_path / "bad.csv").write_text("id,caption\n1,dog\n")
+    order = ["bad.zip", "p", "bad.csv", "gone.tar", "cut.tar", "good.zip"]
+    notes = []
+    found = list(find_pictures([tmp_path / name for name in order], note=notes.append))
+    names_found = [picture.name.removeprefix(f"{tmp_path}/") for picture in found]
+    assert [name for name in names_found if name not in ("cut.tar!/c.jpg",)] == [
+        *("bad.zip", "p/a.jpg", "bad.csv", "gone.tar", "cut.tar", "good.zip!/b.jpg")
+    ]
+    for picture, fault in ((found[0], "not a zip file"), (found[2], "no column"), (found[3], "No such file")):
+        with pytest.raises(ImageReadError, match=fault) as caught:
+            picture.read()
+        assert str(caught.value).count(picture.name) == 1 or picture.name.endswith("bad.csv")
+    assert sum("bad.zip" in note for note in notes) == 1  # it is said at once
+    (tmp_path / "bad-1.zip").write_bytes(b"no zip")
+    good = [picture.name for picture in find_pictures([f"{tmp_path}/*.zip"]) if picture.member is not None]
+    assert good == [f"{tmp_path}/good.zip!/b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -492,8 +600,11 @@ member_names = st.lists(
 @given(member_names, st.data())
 def test_any_names_and_bytes_come_back_from_any_archive(found_names, data):
     members = [(name, data.draw(st.binary(max_size=1500))) for name in found_names]
+    first = {member_place(name): name for name, _ in reversed(members)}  # of two that share a place
     expected = [
-        (name, content) for name, content in members if not any(p.startswith(".") for p in member_place(name).parts)
+        (name, content)
+        for name, content in members
+        if not any(p.startswith(".") for p in member_place(name).parts) and first[member_place(name)] == name
     ]
     with tempfile.TemporaryDirectory() as folder:
         archives = [make_zip(Path(folder) / "p.zip", members)]
@@ -542,6 +653,14 @@ def test_names_in_an_archive_lead_nowhere_else(tmp_path):
             assert picture.read() == JPEG
 
 
+def test_of_two_members_that_share_a_place_the_second_is_left_out_and_said(tmp_path):
+    members = [(name, JPEG) for name in ("a.jpg", "/a.jpg", "x/b.jpg", "x\\b.jpg", "x//b.jpg", "./a.jpg")]
+    for archive in (make_zip(tmp_path / "p.zip", members), make_tar(tmp_path / "p.tar", members)):
+        found, notes = below(f"{archive}!", archive)
+        assert found == ["a.jpg", "x/b.jpg"]
+        assert any("members of the same name as one before: 4" in note for note in notes)
+
+
 @given(st.text(st.sampled_from("./\\:a"), min_size=1))
 def test_a_place_in_an_archive_never_leaves_it(name):
     place = member_place(name)
@@ -567,7 +686,7 @@ def test_links_folders_and_hidden_members_are_left_out_and_said(tmp_path):
         assert found == ["a.jpg"]
         assert any(f"links within archives: {links}" in line for line in notes)
         assert any("hidden files and folders: 2" in line for line in notes)
-        assert any("members of the same name: 1" in line for line in notes)
+        assert any("members of the same name as one before: 1" in line for line in notes)
 
 
 def test_an_archive_that_is_named_twice_comes_once(tmp_path):
@@ -608,11 +727,11 @@ def test_a_member_over_the_limit_is_a_picture_that_fails(tmp_path):
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     zeros = [("a.jpg", b"\0" * 2_000_000), ("b.jpg", b"\0" * 2_000_000)]
     limits = ArchiveLimits(max_member_bytes=3_000_000, max_ratio=100)
-    with pytest.raises(ConfigError, match=r"more than 100 times its own size; .* raise max_ratio"):
+    with pytest.raises(ConfigError, match=r"more than 100 times its own size; .* raise --max-ratio"):
         find_pictures([make_zip(tmp_path / "p.zip", zeros)], limits=limits)
     found, error = collect(find_pictures([make_tar(tmp_path / "p.tar.xz", zeros, lzma.compress)], limits=limits))
     assert [picture.member for picture in found] == ["a.jpg"]
-    assert "max_ratio" in str(error)
+    assert "raise --max-ratio" in str(error)
     few = ArchiveLimits(max_members=1)
     with pytest.raises(ConfigError, match="more than the limit of 1 members"):
         find_pictures([tmp_path / "p.zip"], limits=few)
