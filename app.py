@@ -36,7 +36,7 @@ from captioner.page import (
 )
 from captioner.page.examples import Examples
 from captioner.payloads import is_upload
-from captioner.requests import Callers
+from captioner.requests import Callers, Runs
 from captioner.terminal import say
 
 UPLOADS = serving.prepare_environment()  # before Gradio is imported, which reads it
@@ -116,7 +116,8 @@ def build_app(
     page = gr.Blocks(title=TITLE)
     with page:
         gr.Markdown(INTRODUCTION)
-        shown = gr.State(None)  # path and name of the photo on the stage, and its run
+        # Path and name of the photo on the stage, and its run. Changed in place: Gradio keeps one for each page.
+        runs = gr.State(Runs())
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(show_label=False, height=200, placeholder=PLACEHOLDER, buttons=[])
@@ -127,9 +128,9 @@ def build_app(
         compare = _html("compare", visible=bool(others))
         gr.Markdown(PRIVACY, elem_classes="privacy")
         listeners = _Listeners(captioner, name=name, others=others or {}, examples=examples, options=list(fields))
-        outputs = [shown, stage, compare]
-        inputs = list(fields.values())
-        # "multiple": a photo that is chosen while another is being captioned is not lost; the browser shows the later.
+        outputs = [stage, compare]
+        inputs = [runs, *fields.values()]
+        # "multiple": a photo that is chosen while another is being captioned is not lost, and takes its place.
         how: Any = {
             "trigger_mode": "multiple",
             "show_progress": "hidden",  # the stage says itself what goes on
@@ -148,9 +149,9 @@ def build_app(
                 preprocess=False,
                 **chosen,
             ),
-            again.click(_leavable_answers(listeners.caption_shown), [shown, *inputs], outputs, **first),
+            again.click(_leavable_answers(listeners.caption_shown), inputs, outputs, **first),
             strip.click(_leavable_answers(listeners.caption_example), inputs, outputs, **first),
-            stage.score(_leavable(listeners.score_own), shown, stage, **how),
+            stage.score(_leavable(listeners.score_own), runs, stage, **how),
         ]
         for event in events:
             event.failure(None, js=f"() => {{ {_tell_stage('failed')} }}", api_visibility="private")
@@ -245,69 +246,89 @@ class _Listeners:
         self._examples = examples
         self._options = options
 
-    def caption_upload(self, upload: dict[str, Any] | None, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def caption_upload(self, upload: dict[str, Any] | None, runs: Runs, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Caption a photo that was uploaded, pasted or taken, and free the box for the next."""
         if upload is None:  # the photo was cleared, or another source of photos was chosen
-            yield (gr.skip(),) * 4
+            yield (gr.skip(),) * 3
             return
         path = upload.get("path") if isinstance(upload, dict) else None
         # The door before the page refuses such paths too; a page may stand without a door.
         if not isinstance(path, str) or not is_upload(path, UPLOADS):
-            yield None, gr.skip(), _error("This is not an uploaded photo."), gr.skip()
+            yield None, _error("This is not an uploaded photo."), gr.skip()
             return
         name = client_name(upload.get("orig_name"), path)
         box: Any = None
-        for answer in self._answers(path, name, values):
+        for answer in self._answers(runs, path, name, values):
             yield (box, *answer)
             box = gr.skip()
 
-    def caption_shown(self, shown: tuple[str, str, int] | None, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def caption_shown(self, runs: Runs, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Caption the photo on the stage again."""
-        if shown is None:
-            yield gr.skip(), _error("Choose a photo first."), gr.skip()
+        if runs.shown is None:
+            yield _error("Choose a photo first."), gr.skip()
             return
-        path, name, _ = shown
-        yield from self._answers(path, name, values, again=True)
+        path, name, _ = runs.shown
+        yield from self._answers(runs, path, name, values, again=True)
 
-    def caption_example(self, event: gr.EventData, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def caption_example(self, event: gr.EventData, runs: Runs, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Caption an example, which is named by its place alone."""
         index = _told(event, "index")
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self._examples.paths):
-            yield gr.skip(), _error("There is no such example."), gr.skip()
+            yield _error("There is no such example."), gr.skip()
             return
         path = self._examples.paths[index]
-        yield from self._answers(str(path), path.name, values, example=index)
+        yield from self._answers(runs, str(path), path.name, values, example=index)
 
-    def score_own(self, shown: tuple[str, str, int] | None, event: gr.EventData) -> Message:
+    def score_own(self, runs: Runs, event: gr.EventData) -> Message:
         """Score the sentence that the user typed."""
-        if shown is None:
+        if runs.shown is None:
             return _error("Choose a photo first.")
-        path, name, run = shown
+        path, name, run = runs.shown
         return tell_score(self._model, path, name, str(_told(event, "sentence")), run=run)
 
     def _answers(
-        self, path: str, name: str, values: tuple[Any, ...], *, example: int | None = None, again: bool = False
+        self, runs: Runs, path: str, name: str, values: tuple[Any, ...], **how: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Give the values of (shown, stage, compare), one after another."""
+        """Give the values of (stage, compare), one after another, until a later run takes the stage."""
         run = new_run()
-        shown: Any = (path, name, run)
-        compared: Any = {"run": run, "models": None}  # what stands there is of another search
-        message: Message = {}
+        answers = self._all_answers(path, name, values, run, **how)
         try:
-            for message in self._messages(path, name, values, example, run):
-                # Of another photo nothing may stay beside an error.
-                yield shown, {**message, "keep": again and message.get("keep", False)}, compared
-                shown = compared = gr.skip()
-            if message.get("phase") == "done":
-                for columns in tell_compare(
-                    self._others, path, self._search_options(values), message, own_name=self._name
-                ):
-                    yield gr.skip(), gr.skip(), columns
+            while runs.goes_on(run):
+                answer = next(answers, None)
+                if answer is None:
+                    return
+                # Asked again: a photo that takes long to open must not take the stage back from a later one.
+                if runs.goes_on(run, (path, name, run)):
+                    yield answer
         except CancelledError:
-            raise
+            if runs.goes_on(run):  # the client has left
+                raise
         except Exception:  # a fault of ours: its trace belongs into the log, and a sentence on the page
             LOG.exception("a photo could not be captioned")
-            yield gr.skip(), {"run": run, "error": FAULT, "keep": False}, gr.skip()
+            yield {"run": run, "error": FAULT, "keep": False}, gr.skip()
+            return
+        yield gr.skip(), gr.skip()  # without any answer Gradio would empty the stage
+
+    def _all_answers(
+        self,
+        path: str,
+        name: str,
+        values: tuple[Any, ...],
+        run: int,
+        *,
+        example: int | None = None,
+        again: bool = False,
+    ) -> Iterator[tuple[Any, ...]]:
+        compared: Any = {"run": run, "models": None}  # what stands there is of another search
+        message: Message = {}
+        for message in self._messages(path, name, values, example, run):
+            # Of another photo nothing may stay beside an error.
+            yield {**message, "keep": again and message.get("keep", False)}, compared
+            compared = gr.skip()
+        if message.get("phase") == "done":
+            options = self._search_options(values)
+            for columns in tell_compare(self._others, path, options, message, own_name=self._name):
+                yield gr.skip(), columns
 
     def _messages(
         self, path: str, name: str, values: tuple[Any, ...], example: int | None, run: int

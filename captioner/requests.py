@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -95,6 +96,48 @@ class Callers:
             callers = [*self._present.get(name, ())]
         for caller in callers:
             caller.leave()
+
+
+_RUNS_LOCK = threading.Lock()  # not one for each: a page's runs are copied before it is first used
+
+
+def _nobody() -> None:
+    """Stand for no caller."""
+
+
+class Runs:
+    """The runs of one page: the latest counts. An older one leaves the queue, and shows nothing more.
+
+    Args:
+        shown: what the page shows.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
+        self.shown = shown
+        self._run = 0
+        # Weakly: pages stay open for hours, and a caller holds the answers it has waited for.
+        self._caller: Callable[[], Caller | None] = _nobody
+
+    def goes_on(self, run: int, shown: Any = None) -> bool:
+        """Say that a run goes on in this thread; of a later one than before, that the older ones are to end.
+
+        Args:
+            run: its number, larger than those of all earlier ones.
+            shown: what the page shows from now on; None leaves that as it is.
+
+        Returns:
+            Whether it is the latest; it is to end when it is not.
+        """
+        with _RUNS_LOCK:
+            if run < self._run:
+                return False
+            older = self._caller() if run > self._run else None
+            caller = CALLER.get()
+            self._run, self._caller = run, _nobody if caller is None else weakref.ref(caller)
+            self.shown = self.shown if shown is None else shown
+        if older is not None:
+            older.leave()
+        return True
 
 
 class WordStream:

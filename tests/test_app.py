@@ -4,9 +4,12 @@ import base64
 import io
 import socket
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import gradio as gr
 import pytest
+from gradio.state_holder import SessionState
 from PIL import Image
 from pointing import CELLS, PointingCaptioner
 
@@ -14,8 +17,10 @@ import app
 from captioner import Captioner, SearchOptions
 from captioner.page import read
 from captioner.page.examples import THUMBNAIL_SIDE_PX
+from captioner.requests import CALLER, Runs
 
 CAPTIONER = PointingCaptioner()
+WAIT_S = 60
 VALUES = {**dict.fromkeys(name for row in app.OPTION_ROWS for name in row), **app.OPTION_VALUES}
 
 
@@ -36,6 +41,11 @@ def fields(**values):
     return list({**VALUES, **values}.values())
 
 
+def staged(path):
+    """What a page keeps that shows a photo."""
+    return Runs((path, "mine.jpg", 1))
+
+
 def functions(page):
     return {block.fn.__name__: block.fn for block in page.fns.values() if block.fn is not None}
 
@@ -53,48 +63,104 @@ def page(tmp_path, monkeypatch):
 
 
 def test_an_upload_is_captioned_and_the_box_is_free_for_the_next(page):
-    path = upload()
-    answers = list(functions(page)["caption_upload"]({"path": path, "orig_name": "mine.jpg"}, *fields(n_best=2)))
-    box, (*shown, run), stage, _ = answers[0]
+    path, runs = upload(), Runs()
+    answers = list(functions(page)["caption_upload"]({"path": path, "orig_name": "mine.jpg"}, runs, *fields(n_best=2)))
+    box, stage, _ = answers[0]
     assert box is None
-    assert shown == [path, "mine.jpg"]
-    assert run == stage["run"]
-    assert len(answers[-1][2]["captions"]) == 2
+    assert runs.shown == (path, "mine.jpg", stage["run"])
+    assert len(answers[-1][1]["captions"]) == 2
     # Later answers must not touch what a newer photo may have put there.
-    assert all(answer[:2] == (gr.skip(), gr.skip()) for answer in answers[1:])
-    assert str(app.UPLOADS) not in str([answer[2:] for answer in answers])
+    assert all(answer[0] == gr.skip() for answer in answers[1:])
+    assert str(app.UPLOADS) not in str(answers)
 
 
 @pytest.mark.parametrize("given", ["/etc/passwd", {}, {"path": "/etc/passwd"}, {"path": None}, {"path": 3}, [], 7])
 def test_what_was_not_uploaded_is_refused_even_without_a_door_before_the_page(page, given):
-    ((box, shown, stage, _),) = functions(page)["caption_upload"](given, *fields())
-    assert (box, shown) == (None, gr.skip())
+    runs = Runs()
+    ((box, stage, _),) = functions(page)["caption_upload"](given, runs, *fields())
+    assert (box, runs.shown) == (None, None)
     assert stage["error"] == "This is not an uploaded photo."
 
 
+def test_every_page_has_a_stage_of_its_own(page, tmp_path):
+    (state,) = [block for block in page.blocks.values() if isinstance(block, gr.State)]
+    mine, other = (SessionState(page)[state._id] for _ in range(2))
+    list(functions(page)["caption_example"](gr.EventData(None, {"index": 0}), mine, *fields()))
+    assert mine.shown is not None
+    assert other.shown is None
+
+
+def test_a_photo_that_takes_long_to_open_does_not_take_the_stage_from_a_later_one(page, monkeypatch):
+    opening, opened = threading.Event(), threading.Event()
+
+    def tell(model, path, name, options, *, run):
+        if name == "slow.jpg":
+            opening.set()
+            assert opened.wait(WAIT_S)
+        yield {"run": run, "phase": "looking"}
+
+    monkeypatch.setattr(app, "tell", tell)
+    caption, path, runs = functions(page)["caption_upload"], upload(), Runs()
+    with ThreadPoolExecutor() as threads:
+        slow = threads.submit(lambda: list(caption({"path": path, "orig_name": "slow.jpg"}, runs, *fields())))
+        assert opening.wait(WAIT_S)
+        ((_, stage, _),) = caption({"path": path, "orig_name": "later.jpg"}, runs, *fields())
+        opened.set()
+        assert slow.result(WAIT_S) == [(None, gr.skip(), gr.skip())]
+    assert runs.shown == (path, "later.jpg", stage["run"])
+
+
+def test_of_an_older_photo_nothing_is_searched_for_or_waited_for_when_a_later_one_comes(tmp_path, monkeypatch):
+    class Full(PointingCaptioner):
+        def caption(self, picture, **options):
+            if picture.endswith("slow.jpg"):
+                answer = Future()  # as one that waits for its turn in a service
+                CALLER.get().wait_for(answer)
+                answers.append(answer)
+                waiting.set()
+                return answer.result(WAIT_S)
+            return super().caption(picture, **options)
+
+    monkeypatch.setattr(app, "EXAMPLES", tmp_path / "absent")
+    waiting, answers, runs = threading.Event(), [], Runs()
+    caption = functions(app.build_app(Full()))["caption_upload"]
+    with ThreadPoolExecutor() as threads:
+        slow = threads.submit(lambda: list(caption({"path": upload(name="slow.jpg")}, runs, *fields())))
+        assert waiting.wait(WAIT_S)
+        *_, (_, stage, _) = caption({"path": upload()}, runs, *fields())
+        assert stage["phase"] == "done"
+        assert slow.result(WAIT_S)[-1] == (gr.skip(),) * 3
+    assert [answer.cancelled() for answer in answers] == [True]
+
+    reading = caption({"path": upload()}, runs, *fields())
+    assert next(reading)[1]["phase"] == "looking"
+    assert list(caption({"path": upload()}, runs, *fields()))
+    assert list(reading) == [(gr.skip(),) * 3]
+
+
 def test_clearing_the_box_changes_nothing(page):
-    (answers,) = functions(page)["caption_upload"](None, *fields())
-    assert answers == (gr.skip(),) * 4
+    (answers,) = functions(page)["caption_upload"](None, Runs(), *fields())
+    assert answers == (gr.skip(),) * 3
 
 
 def test_captioning_again_uses_the_photo_on_the_stage(page, tmp_path):
     again = functions(page)["caption_shown"]
-    *_, (_, stage, _) = again((photo(tmp_path), "mine.jpg", 1), *fields())
+    *_, (stage, _) = again(staged(photo(tmp_path)), *fields())
     assert stage["captions"][0]["score"] == -1.5
-    ((_, stage, _),) = again(None, *fields())
+    ((stage, _),) = again(Runs(), *fields())
     assert "photo" in stage["error"]
 
 
 def test_impossible_options_are_refused_at_once_and_what_is_shown_is_kept(page, tmp_path):
-    ((_, stage, _),) = functions(page)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields(n_best=9))
+    ((stage, _),) = functions(page)["caption_shown"](staged(photo(tmp_path)), *fields(n_best=9))
     assert "n_best must not exceed beam_size" in stage["error"]
     assert stage["keep"]
 
 
 def test_beside_an_error_nothing_stays_of_another_photo(page):
     for answers in (
-        functions(page)["caption_upload"]({"path": upload(), "orig_name": "mine.jpg"}, *fields(n_best=9)),
-        functions(page)["caption_example"](gr.EventData(None, {"index": 0}), *fields(n_best=9)),
+        functions(page)["caption_upload"]({"path": upload(), "orig_name": "mine.jpg"}, Runs(), *fields(n_best=9)),
+        functions(page)["caption_example"](gr.EventData(None, {"index": 0}), Runs(), *fields(n_best=9)),
     ):
         ((*_, stage, compared),) = answers
         assert not stage["keep"]
@@ -103,13 +169,15 @@ def test_beside_an_error_nothing_stays_of_another_photo(page):
 
 def test_an_example_is_chosen_by_its_place_and_no_path_is_taken_from_outside(page):
     choose = functions(page)["caption_example"]
-    answers = list(choose(gr.EventData(None, {"index": 0}), *fields()))
-    assert answers[0][0][1] == "a_red-dog.jpg"
-    assert len(answers[-1][1]["captions"][0]["words"]) == len(CELLS)
+    runs = Runs()
+    answers = list(choose(gr.EventData(None, {"index": 0}), runs, *fields()))
+    assert runs.shown[1] == "a_red-dog.jpg"
+    assert len(answers[-1][0]["captions"][0]["words"]) == len(CELLS)
     hostile = [{"index": index} for index in (1, -1, 0.0, True, "0", "/etc/passwd", None, [0], {})]
     for data in (*hostile, {}, None, [], "index"):
-        ((shown, stage, _),) = choose(gr.EventData(None, data), *fields())
-        assert shown == gr.skip()
+        runs = Runs()
+        ((stage, _),) = choose(gr.EventData(None, data), runs, *fields())
+        assert runs.shown is None
         assert stage["error"] == "There is no such example."
 
 
@@ -137,20 +205,20 @@ def test_an_example_is_captioned_once_with_the_usual_options_and_every_time_with
 
 def test_an_own_sentence_is_scored_for_the_photo_on_the_stage(page, tmp_path):
     score = functions(page)["score_own"]
-    answer = score((photo(tmp_path), "mine.jpg", 11), gr.EventData(None, {"sentence": "a dog"}))
-    assert answer["run"] == 11
+    answer = score(staged(photo(tmp_path)), gr.EventData(None, {"sentence": "a dog"}))
+    assert answer["run"] == 1
     assert answer["scored"]["text"] == "a dog"
-    assert "photo" in score(None, gr.EventData(None, {"sentence": "a dog"}))["error"]
-    assert "scored" in score((photo(tmp_path), "mine.jpg", 11), gr.EventData(None, {}))
+    assert "photo" in score(Runs(), gr.EventData(None, {"sentence": "a dog"}))["error"]
+    assert "scored" in score(staged(photo(tmp_path)), gr.EventData(None, {}))
 
 
 def test_other_models_are_captioned_after_the_pages_own_and_hidden_when_there_are_none(page, tmp_path):
     assert not drawn(page, "compare").visible
     both = app.build_app(CAPTIONER, others={"other": CAPTIONER}, name="own")
     assert drawn(both, "compare").visible
-    *_, (_, _, compared) = functions(both)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields())
+    *_, (_, compared) = functions(both)["caption_shown"](staged(photo(tmp_path)), *fields())
     assert [column["name"] for column in compared["models"]] == ["own", "other"]
-    *_, (_, stage, compared) = functions(page)["caption_shown"]((photo(tmp_path), "mine.jpg", 1), *fields())
+    *_, (stage, compared) = functions(page)["caption_shown"](staged(photo(tmp_path)), *fields())
     assert stage["phase"] == "done"
     assert compared == gr.skip()
 

@@ -222,7 +222,7 @@ def leave_page(url, waits):
     """Close a page on which a photo was just dropped."""
     first = HTTP.get(f"{url}/config").json()["dependencies"][0]
     values = [{"path": upload(url, PNG)}, *[None] * (len(first["inputs"]) - 1)]
-    values[1:4] = ["beam", 3, 3]
+    values[2:5] = ["beam", 3, 3]
     post(url, "queue/join", {"fn_index": first["id"], "data": values, "session_hash": "mine"})
     with asking(url, "GET", "queue/data?session_hash=mine", listen=True):
         waits(1)
