@@ -1,7 +1,8 @@
 """Many pictures → records on disk: `run`. Resumable, safe against every kind of end.
 
 sources ──find_pictures──▶ pictures ──shard, journal──▶ those to do ──engine──▶ batches of captions and errors
-        ──▶ files of single pictures ──▶ records ──▶ journal;  at the end ──▶ CSV, Parquet
+        ──▶ hashes of texts into the journal ──▶ files of single pictures ──▶ records ──▶ journal
+        ──▶ at the end: CSV, Parquet
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from typing import IO, Any, Literal
 
 from captioner.api import Captioner
 from captioner.archives import ArchiveLimits
-from captioner.caption import Caption, error_record
+from captioner.caption import Caption
+from captioner.config import SearchOptions
 from captioner.engine import Engine, LocalEngine, Result
-from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
-from captioner.journal import Entry, Journal, disk_fault, name_hash, state_hash
-from captioner.outputs import Outputs, PictureWriter
+from captioner.errors import CaptionerError, ConfigError, DataError
+from captioner.journal import Entry, Journal, name_hash, state_hash
+from captioner.outputs import ADDED_SETTINGS, Outputs, PictureWriter, write_files
 from captioner.sharding import WHOLE, Seen, Shard, Total
-from captioner.sources import SourcePicture, find_pictures, ignore
+from captioner.sources import SourcePicture, find_pictures, ignore, spelled
+
+_STRANGE = 100
+"""After so many pictures of which none is on record, an output that has records gets a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,7 @@ def run(
     into: str | os.PathLike[str] | None = None,
     template: str | None = None,
     alt_text: bool = False,
+    sidecar: str = "picture",
     maps: str | None = None,
     pattern: str | None = None,
     hidden: bool = False,
@@ -130,9 +136,10 @@ def run(
 ) -> Summary:
     """Caption all pictures of the sources into files, going on where an earlier run ended.
 
-    Bad pictures never stop it: each gets a record with its error. Wherever it ends, by a signal, a full disk or a
-    power cut, the same call goes on from there, to the same records as if it had never ended (with the same
-    `batch_size`: other batches may change the last digits of a score).
+    Bad pictures never stop it: each gets a record with its error, and so does a damaged archive or list. Wherever it
+    ends, by a signal, a full disk or a power cut, the same call without `overwrite` goes on from there, to the same
+    records as if it had never ended (with the same `batch_size`: other batches may change the last digits of a score).
+    No text, sidecar or table is replaced unless it holds what such a run wrote.
 
     Args:
         sources: files, folders, globs, manifests, archives, "-"; see `captioner.sources`.
@@ -146,13 +153,15 @@ def run(
         into: folder for the files of single pictures; default: the output when it is a folder, else beside each
             picture.
         template: text of txt and xmp, see `captioner.writers.Template`.
-        alt_text: also write alternative texts into XMP files.
+        alt_text: also write alternative texts, into records, tables and XMP files.
+        sidecar: how XMP files are named: "picture" (a.jpg.xmp) or "name" (a.xmp).
         maps: save each word's map, as "npz" or drawn as a "figure".
         pattern: only pictures of folders whose names match this glob.
         hidden: hidden files and folders too.
         limits: of archives.
         stdin: what "-" reads; default: standard input.
-        overwrite: start anew instead of going on; texts of single pictures that are there are replaced.
+        overwrite: start anew instead of going on; texts and tables that are there are replaced, whoever wrote them,
+            until this run, or what goes on from it, has come to its end.
         retry_failed: try pictures again that failed in an earlier run.
         max_errors: stop once more pictures than this have failed in this run.
         shard: caption only part "i/n" of the source; `captioner.merge` joins the parts.
@@ -171,11 +180,14 @@ def run(
         What was done.
 
     Raises:
-        ConfigError: for an impossible setting, or one with which the output was not begun.
+        ConfigError: for an impossible setting, or one with which the output was not begun, or when a table was made
+            by something else.
         CaptionerError: when the model cannot be loaded, the disk fails, or another run writes to this output.
         SearchError: for options that no caption of any picture can meet.
     """
-    plan = Outputs.plan(output, formats=formats, into=into, template=template, alt_text=alt_text, maps=maps)
+    plan = Outputs.plan(
+        output, formats=formats, into=into, template=template, alt_text=alt_text, maps=maps, sidecar=sidecar
+    )
     given = [os.fsdecode(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     part = WHOLE if shard is None else Shard.parse(shard)
     if max_errors is not None and (not isinstance(max_errors, int) or isinstance(max_errors, bool) or max_errors < 0):
@@ -194,16 +206,26 @@ def run(
             computing={"runtime": runtime, "threads": threads},
             settings={"batch_size": batch_size, "workers": workers, "options": options},
         )
+    note = note or ignore
     search: dict[str, Any] = {"pattern": pattern, "hidden": hidden, "limits": limits or ArchiveLimits()}
-    pictures = find_pictures(given, **search, stdin=stdin, note=note or ignore)
+    pictures = find_pictures(given, **search, stdin=stdin, note=note)
     with plan.journal() as journal:
         if not overwrite:
             plan.check_unclaimed(journal)
         with engine, Total(given, search, part, wanted=progress is not None) as total:
             first = list(itertools.islice(pictures, 1))  # a source that is not there is said before anything is begun
             header = {**engine.identity, **plan.settings(), "shard": None if shard is None else str(part)}
-            journal.begin(header, overwrite=overwrite)
-            work = _Run(journal, plan, part, retry_failed=retry_failed, max_errors=max_errors, total=total)
+            journal.begin(header, overwrite=overwrite, defaults={"search": SearchOptions().to_dict(), **ADDED_SETTINGS})
+            try:
+                plan.check_tables(journal)
+            except DataError as err:  # before anything is done, it is the use that is wrong
+                raise ConfigError(str(err)) from err
+            writers = {
+                replace: plan.writers(replace=replace, limits=search["limits"], keep=_lists(given))
+                for replace in (False, True)
+            }
+            limits_of_errors = {"retry_failed": retry_failed, "max_errors": max_errors}
+            work = _Run(journal, plan, part, writers, total=total, note=note, **limits_of_errors)
             try:
                 work.loop(engine, itertools.chain(first, pictures), stop or threading.Event(), progress)
             except Exception:
@@ -221,9 +243,12 @@ class _Run:
     journal: Journal
     plan: Outputs
     part: Shard
+    writers: Mapping[bool, Sequence[PictureWriter]]
+    """By whether they replace what others wrote."""
     retry_failed: bool = field(kw_only=True)
     max_errors: int | None = field(kw_only=True)
     total: Total = field(kw_only=True)
+    note: Callable[[str], None] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         self.captioned, self.skipped, self.failed_now = 0, 0, 0
@@ -231,10 +256,11 @@ class _Run:
         self.failed_before = 0
         self.seconds = 0.0
         self.stopped: Literal["interrupted", "errors"] | None = None
-        # What is replaced is ours: of a picture that was captioned before, or of a run that was to overwrite.
-        self._writers = {ours: self.plan.writers(replace=ours) for ours in (False, True)}
         self._overwriting = bool(self.journal.header["overwriting"])
-        # Of the pictures that the engine has drawn and not yet given back, and whether their files are ours.
+        self._on_record = len(self.journal)
+        self._strangers = 0  # pictures before the first that is on record
+        self._complete = False
+        # Of the pictures that the engine has drawn and not yet given back, and whether all is replaced for them.
         self._drawn: deque[tuple[Entry, bool]] = deque()
         self._seen = Seen()
         self._fault: Exception | None = None
@@ -264,7 +290,9 @@ class _Run:
                 return
         if self._fault is not None:
             raise self._fault
+        self._say_when_all_are_strange(self._on_record > 0 and self._strangers > 0)
         self.journal.finish(self._seen.to_dict())
+        self._complete = True
 
     def _to_do(self, pictures: Iterator[SourcePicture]) -> Iterator[SourcePicture]:
         """Yield the pictures of this part that are not done; a fault of a source is kept until they are."""
@@ -275,16 +303,35 @@ class _Run:
                 continue
             state = state_hash(picture.size_bytes, picture.mtime_ns)
             known = self.journal.known(name)
-            if known is not None and known[0] == state and not (known[1] and self.retry_failed):
-                if known[1]:
+            self._meet(known is not None)
+            if known is not None and known.state == state and not (known.kind and self.retry_failed):
+                if known.kind:
                     self.failed_before += 1
-                    self.failed[known[1]] += 1
+                    self.failed[known.kind] += 1
                 else:
                     self.skipped += 1
                 continue
-            ours = self._overwriting or (known is not None and not known[1])
-            self._drawn.append((Entry(name, state, place, "", 0), ours))
+            # What this run has captioned already it does not replace without asking again.
+            replace = self._overwriting and (known is None or bool(known.kind))
+            self._drawn.append((Entry(name, state, place, "", 0), replace))
             yield picture
+
+    def _meet(self, is_known: bool) -> None:
+        """Take note of a picture of this part."""
+        if is_known:
+            self._on_record = 0
+        elif self._on_record:
+            self._strangers += 1
+            self._say_when_all_are_strange(self._strangers == _STRANGE)
+
+    def _say_when_all_are_strange(self, are_they: bool) -> None:
+        if are_they:
+            self.note(
+                f"{self.journal.records}: none of the {self._on_record} pictures on record is among the first "
+                f"{self._strangers} of the source; a picture is known by its name as it is given, so that the same "
+                "ones named from another folder are captioned again"
+            )
+            self._on_record = 0
 
     def _until_fault(self, pictures: Iterator[SourcePicture]) -> Iterator[SourcePicture]:
         try:
@@ -293,37 +340,38 @@ class _Run:
             self._fault = err
 
     def _write(self, batch: list[tuple[SourcePicture, Result]]) -> list[tuple[str, Result]]:
-        """Put a batch on disk: files of single pictures, records, journal, in this order; return what came of each."""
-        results: list[tuple[str, Result]] = []
+        """Put a batch on disk: what texts will hold, the texts, records, journal; return what came of each picture."""
         rows: list[tuple[Entry, dict[str, Any]]] = []
-        for picture, caption in batch:
-            entry, ours = self._drawn.popleft()
-            result = self._write_files(picture, caption, self._writers[ours])
+        results: list[tuple[str, Result]] = []
+        drawn = [self._drawn.popleft() for _ in batch]
+        held = [self.journal.written(entry.name) for entry, _ in drawn]
+        self._intend(batch, drawn)
+        for (picture, result), (entry, replace), texts in zip(batch, drawn, held, strict=True):
             if isinstance(result, Caption):
-                rows.append((entry, result.to_record(picture.name)))
+                now, fault = write_files(picture, result, self.writers[replace], texts)
             else:
-                kind = type(result).__name__
-                rows.append((entry._replace(kind=kind), error_record(picture.name, result)))
+                now, fault = texts, result
+            kind = "" if fault is None else type(fault).__name__
+            if fault is not None:
                 self.failed[kind] += 1
-            results.append((picture.name, result))
+            record = self.plan.record(picture, result, fault)
+            rows.append((entry._replace(kind=kind, texts=b"".join(sorted(now))), record))
+            results.append((picture.name, result if fault is None else fault))
         self.journal.append(rows)
         captioned = sum(not entry.kind for entry, _ in rows)
         self.captioned += captioned
         self.failed_now += len(rows) - captioned
         return results
 
-    @staticmethod
-    def _write_files(picture: SourcePicture, result: Result, writers: Sequence[PictureWriter]) -> Result:
-        """Write the files of a picture; return its result, or the error of a file that is not ours or cannot be."""
-        if isinstance(result, Caption):
-            for writer in writers:
-                try:
-                    writer.write(picture, result)
-                except (DataError, ImageError) as err:
-                    return err
-                except OSError as err:
-                    raise disk_fault(Path(err.filename or picture.name), err) from err
-        return result
+    def _intend(self, batch: list[tuple[SourcePicture, Result]], drawn: list[tuple[Entry, bool]]) -> None:
+        """Note what the files of a batch will hold, so that they are known as ours wherever the run is killed."""
+        texts: dict[bytes, bytes] = {}
+        for (picture, result), (entry, replace) in zip(batch, drawn, strict=True):
+            if isinstance(result, Caption):
+                texts[entry.name] = b"".join(
+                    text for writer in self.writers[replace] for text in writer.texts(picture, result)
+                )
+        self.journal.intend(texts)
 
     def _progress(self, results: list[tuple[str, Result]]) -> Progress:
         return Progress(
@@ -339,6 +387,8 @@ class _Run:
         """Put the output in order."""
         self.journal.compact()
         self.plan.write_tables(self.journal)
+        if self._complete:
+            self.journal.end_overwriting()
 
     def summary(self) -> Summary:
         """Return what was done."""
@@ -378,7 +428,18 @@ def _engine(
 def _check_apart(sources: Sequence[str], plan: Outputs) -> None:
     """Refuse outputs that are sources."""
     ours = [*plan.paths, plan.table(".records.jsonl"), plan.table(".progress")]
-    for source in map(Path, sources):
-        for path in ours:
-            if source.is_file() and path.exists() and path.samefile(source):
+    there = {(status.st_dev, status.st_ino): path for path in ours if path.exists() and (status := path.stat())}
+    if not there:
+        return
+    for source in (Path(name) for given in sources for name in spelled(given)):
+        with contextlib.suppress(OSError, ValueError):  # what is no source at all is said by what looks for pictures
+            status = source.stat()
+            path = there.get((status.st_dev, status.st_ino))
+            if path is not None and source.is_file():
                 raise ConfigError(f"{path}: is a source itself, which the output would replace; name another output")
+
+
+def _lists(sources: Sequence[str]) -> frozenset[str]:
+    """Return the real paths of lists of pictures, which have the names of texts."""
+    names = (name for given in sources for name in spelled(given))
+    return frozenset(os.path.realpath(name) for name in names if name.lower().endswith(".txt"))

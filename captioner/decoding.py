@@ -32,6 +32,9 @@ from captioner.prepared import PreparedPicture, prepare
 from captioner.sources import SourcePicture
 
 WORKERS_LIMIT = 16
+"""Processes that are started without being asked for."""
+MOST_WORKERS = 256
+"""And those that can be asked for: each takes some 60 MB, and a few feed any model."""
 _READY = "ready"
 
 
@@ -79,12 +82,12 @@ class Decoders:
         workers: how many; 0 decodes in this process.
 
     Raises:
-        ConfigError: when `workers` is not a whole number, at least 0.
+        ConfigError: when `workers` is not a whole number, from 0 to 256.
     """
 
     def __init__(self, workers: int) -> None:
-        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-            raise ConfigError(f"workers must be a whole number, at least 0, got {workers!r}")
+        if not isinstance(workers, int) or isinstance(workers, bool) or not 0 <= workers <= MOST_WORKERS:
+            raise ConfigError(f"workers must be a whole number, at least 0 and at most {MOST_WORKERS}, got {workers!r}")
         self._lock = threading.Lock()
         self._closed = False
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()

@@ -8,6 +8,10 @@ A batch is written in this order: records, fsync, its line of the journal, fsync
 records without a line, and half a line, are what the next run cuts off: it goes on at the border of a batch, so that
 the model sees the batches of an unbroken run and gives the same numbers to the last bit.
 
+Texts of single pictures, and tables, are ours as long as they hold what we wrote, and nobody else's work is replaced.
+So a hash of every text is noted before its file is written (`intend`) and kept with its picture (`Entry.texts`), and
+that of a table before the table is put in place (`claim`).
+
 A record that is replaced (its picture has changed, or failed and is tried again) stays until the new one is on disk;
 both are there until the run ends or the next one begins, when the new one takes the place of the old (`compact`).
 Two files cannot be replaced at once, so a replacement is first written down as a whole:
@@ -19,62 +23,37 @@ Two files cannot be replaced at once, so a replacement is first written down as 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from captioner.entries import (
+    FORMAT,
+    READ,
+    REMEDY,
+    VERSION,
+    Entry,
+    Known,
+    batch_line,
+    compare,
+    encode,
+    may_be_ours,
+    name_hash,
+    pieces,
+    state_hash,
+)
 from captioner.errors import CaptionerError, ConfigError
 
-FORMAT, VERSION = "captioner batch", 1
+__all__ = ["Entry", "Journal", "Known", "disk_fault", "name_hash", "state_hash"]
+
 COPIED = 1000
 """Pictures in a line of the journal that is written anew."""
-
-_REMEDY = "--overwrite starts anew; or name another output"
-
-
-class Entry(NamedTuple):
-    """What the journal keeps of a picture.
-
-    Args:
-        name: hash of the picture's name, 16 bytes.
-        state: hash of its size and time of change, 8 bytes.
-        place: its place in the whole source, from 0.
-        kind: of the error; empty when it was captioned.
-        length: of its record, bytes.
-    """
-
-    name: bytes
-    state: bytes
-    place: int
-    kind: str
-    length: int
-
-    def to_json(self) -> list[Any]:
-        """Return plain values; `from_json` is the inverse."""
-        return [self.name.hex(), self.state.hex(), self.place, self.kind, self.length]
-
-    @classmethod
-    def from_json(cls, values: list[Any]) -> Entry:
-        """Return the entry that `to_json` wrote."""
-        name, state, place, kind, length = values
-        return cls(bytes.fromhex(name), bytes.fromhex(state), int(place), str(kind), int(length))
-
-
-def name_hash(name: str) -> bytes:
-    """Return the hash by which a picture is known, the same on every machine."""
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def state_hash(size_bytes: int | None, mtime_ns: int | None) -> bytes:
-    """Return a hash that differs when a picture has changed."""
-    return hashlib.blake2b(f"{size_bytes} {mtime_ns}".encode(), digest_size=8).digest()
 
 
 class Journal:
@@ -93,7 +72,9 @@ class Journal:
         self.progress, self.records, self._earlier = progress, records, earlier
         self.header: dict[str, Any] = {}
         self.finished: dict[str, Any] | None = None
-        self._known: dict[bytes, bytes] = {}
+        self._known: dict[bytes, bytes] = {}  # state, error and texts in one object, of which there may be millions
+        self._intended: dict[bytes, set[bytes]] = {}
+        self._tables: dict[str, list[str]] = {}
         self._superseded = False
         self._end = self._journal_end = 0
         self._files: tuple[io.FileIO, io.FileIO] | None = None
@@ -129,24 +110,47 @@ class Journal:
     def __len__(self) -> int:
         return len(self._known)
 
-    def known(self, name: bytes) -> tuple[bytes, str] | None:
+    def known(self, name: bytes) -> Known | None:
         """Return what is on record of a picture.
 
         Args:
             name: its `name_hash`.
 
         Returns:
-            Its `state_hash` then, and the kind of its error, empty when it was captioned; None when it is new.
+            That; None when it is new.
         """
         found = self._known.get(name)
-        return None if found is None else (found[:8], found[8:].decode())
+        return None if found is None else Known(found[:8], found[8:].partition(b"\0")[0].decode())
 
-    def begin(self, header: Mapping[str, Any], *, overwrite: bool) -> None:
+    def written(self, name: bytes) -> set[bytes]:
+        """Return what we may have written into the files of a picture: last, or when a run was killed amid it.
+
+        Args:
+            name: its `name_hash`.
+
+        Returns:
+            Hashes, as they were given to `intend` or in `Entry.texts`.
+        """
+        return pieces(self._known.get(name, b"")[8:].partition(b"\0")[2]) | self._intended.get(name, set())
+
+    def tables(self, suffix: str) -> Sequence[str]:
+        """Return the hashes of the tables that runs of ours have put in place, or were about to.
+
+        Args:
+            suffix: of the table.
+
+        Returns:
+            Hashes, as they were given to `claim`.
+        """
+        return self._tables.get(suffix, [])
+
+    def begin(self, header: Mapping[str, Any], *, overwrite: bool, defaults: Mapping[str, Any] | None = None) -> None:
         """Go on with an output, or begin it; from here on `append` can be called.
 
         Args:
             header: whatever makes records differ, as plain values; it must be what the earlier run had.
             overwrite: begin anew; the old files are replaced by empty ones at once.
+            defaults: of settings that an earlier version may not have known; without it they had this value.
 
         Raises:
             ConfigError: when the earlier run had another header, or the files have been changed since.
@@ -160,7 +164,9 @@ class Journal:
             else:
                 self.records.touch()  # whoever has deleted the records wants them made again
                 self.read()
-                _compare(self.header, {**wanted, "overwriting": self.header.get("overwriting")}, self.records)
+                overwriting = {"overwriting": self.header.get("overwriting")}
+                compare(self.header, {**wanted, **overwriting}, defaults or {}, self.records)
+                self._check_tail()
             self._open()
             self.compact()
 
@@ -170,7 +176,7 @@ class Journal:
         Raises:
             ConfigError: when one of the two is damaged or has been changed by something else.
         """
-        self._known, self.finished, self._superseded = {}, None, False
+        self._forget()
         self._end = self._journal_end = 0
         lines = self._lines()
         first = next(lines, None)
@@ -178,9 +184,9 @@ class Journal:
             first is None
             or not isinstance(first[0], dict)
             or first[0].get("format") != FORMAT
-            or first[0].get("version") != VERSION
+            or first[0].get("version") not in READ
         ):
-            raise ConfigError(f"{self.progress}: not a journal of this version of captioner; {_REMEDY}")
+            raise ConfigError(f"{self.progress}: not a journal of this version of captioner; {REMEDY}")
         self._journal_end = first[1]
         self.header = {name: value for name, value in first[0].items() if name not in ("format", "version")}
         with self.records.open("rb") as records:
@@ -200,21 +206,31 @@ class Journal:
                 try:
                     content = json.loads(line)
                 except ValueError as err:
-                    raise ConfigError(f"{self.progress}: damaged; {_REMEDY}") from err
+                    raise ConfigError(f"{self.progress}: damaged; {REMEDY}") from err
                 yield content, end
 
     def _accept(self, line: dict[str, Any], records: IO[bytes]) -> bool:
         """Take a line of the journal in; return False for a batch whose records are not all there."""
         if "finished" in line:
             self.finished = line["finished"]
-            return True
+        elif "overwriting" in line:
+            self.header["overwriting"] = line["overwriting"]
+        elif "intended" in line:
+            self._intend({bytes.fromhex(name): bytes.fromhex(texts) for name, texts in line["intended"].items()})
+        elif "table" in line:
+            self._tables.setdefault(line["table"], []).append(line["hash"])
+        else:
+            return self._accept_pictures(line, records)
+        return True
+
+    def _accept_pictures(self, line: dict[str, Any], records: IO[bytes]) -> bool:
         entries = [Entry.from_json(values) for values in line["pictures"]]
         size_bytes = sum(entry.length for entry in entries)
         data = records.read(size_bytes)
         if len(data) < size_bytes:
             return False
         if zlib.crc32(data) != line["crc32"]:
-            raise ConfigError(f"{self.records}: has been changed by something else since it was written; {_REMEDY}")
+            raise ConfigError(f"{self.records}: has been changed by something else since it was written; {REMEDY}")
         self._end += size_bytes
         self._take(entries)
         return True
@@ -222,8 +238,17 @@ class Journal:
     def _take(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._superseded |= entry.name in self._known
-            self._known[entry.name] = entry.state + entry.kind.encode()
+            self._known[entry.name] = entry.state + entry.kind.encode() + (b"\0" + entry.texts if entry.texts else b"")
+            self._intended.pop(entry.name, None)
             self.finished = None
+
+    def _intend(self, texts: Mapping[bytes, bytes]) -> None:
+        for name, hashes in texts.items():
+            self._intended.setdefault(name, set()).update(pieces(hashes))
+
+    def _forget(self) -> None:
+        self._known, self._intended, self._tables = {}, {}, {}
+        self.finished, self._superseded = None, False
 
     def append(self, results: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
         """Put the records of a batch on disk: all of them, or after a fault none.
@@ -236,8 +261,46 @@ class Journal:
         """
         lines = [encode(record) for _, record in results]
         entries = [entry._replace(length=len(line)) for (entry, _), line in zip(results, lines, strict=True)]
-        self._write(b"".join(lines), _journal_line(entries, b"".join(lines)))
+        self._write(b"".join(lines), batch_line(entries, b"".join(lines)))
         self._take(entries)
+
+    def intend(self, texts: Mapping[bytes, bytes]) -> None:
+        """Note, before the files of single pictures are written, what they will hold.
+
+        Args:
+            texts: `Entry.texts` by `Entry.name`; what is known of a picture already is not noted again.
+
+        Raises:
+            CaptionerError: when the disk is full or fails.
+        """
+        new = {name: hashes for name, hashes in texts.items() if not pieces(hashes) <= self.written(name)}
+        if new:
+            self._write(b"", encode({"intended": {name.hex(): hashes.hex() for name, hashes in new.items()}}))
+            self._intend(new)
+
+    def claim(self, suffix: str, table_hash: str) -> None:
+        """Note, before a table is put in place, what it holds.
+
+        Args:
+            suffix: of the table.
+            table_hash: of its bytes; the same as before is not noted again.
+
+        Raises:
+            CaptionerError: when the disk is full or fails.
+        """
+        if table_hash not in self.tables(suffix):
+            self._write(b"", encode({"table": suffix, "hash": table_hash}))
+            self._tables.setdefault(suffix, []).append(table_hash)
+
+    def end_overwriting(self) -> None:
+        """Note that a run which was to overwrite has come to its end, so that later ones replace nothing.
+
+        Raises:
+            CaptionerError: when the disk is full or fails.
+        """
+        if self.header.get("overwriting"):
+            self._write(b"", encode({"overwriting": False}))
+            self.header["overwriting"] = False
 
     def finish(self, source: Mapping[str, Any]) -> None:
         """Note that a run has seen its whole source.
@@ -265,6 +328,17 @@ class Journal:
         self._end += len(records)
         self._journal_end += len(line)
 
+    def _check_tail(self) -> None:
+        """Refuse to cut off what no run of ours has left behind the last batch."""
+        with self.records.open("rb") as records:
+            records.seek(self._end)
+            for line in records:
+                if not may_be_ours(line):
+                    raise ConfigError(
+                        f"{self.records}: something else has appended to it, which would be lost; move those lines to "
+                        f"another file, or {REMEDY}"
+                    )
+
     def _cut(self) -> None:
         """Take back what was written of a batch that did not come to its end."""
         assert self._files is not None
@@ -280,11 +354,14 @@ class Journal:
         """
         if not self._superseded:
             return
-        finished = self.finished
+        finished, intended, tables = self.finished, self._intended, self._tables
         last: dict[bytes, tuple[Entry, int]] = {}  # in the order in which names came first
         for entry, begin in self.entries():
             last[entry.name] = (entry, begin)
-        self.fill(self.header, [(entry, begin, self.records) for entry, begin in last.values()])
+        notes = [{"table": suffix, "hash": made} for suffix, hashes in tables.items() for made in hashes]
+        if intended:
+            notes.append({"intended": {name.hex(): b"".join(sorted(texts)).hex() for name, texts in intended.items()}})
+        self.fill(self.header, [(entry, begin, self.records) for entry, begin in last.values()], notes=notes)
         if finished is not None:
             self.finish(finished)
 
@@ -305,22 +382,34 @@ class Journal:
             for line in file:
                 yield json.loads(line)
 
-    def fill(self, header: Mapping[str, Any], parts: Sequence[tuple[Entry, int, Path]]) -> None:
+    def fill(
+        self,
+        header: Mapping[str, Any],
+        parts: Sequence[tuple[Entry, int, Path]],
+        *,
+        notes: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         """Begin this output anew with records of others.
 
         Args:
             header: as in `begin`.
             parts: entry, where its record begins, and in which file, in the order wanted.
+            notes: other lines of the journal that are to last.
 
         Raises:
             CaptionerError: when the disk is full or fails; what was here before is there still.
         """
         with self._disk(self.progress):
-            self._replace(header, _copied(parts))
+            self._replace(header, _copied(parts), notes)
             self.read()
             self._open()
 
-    def _replace(self, header: Mapping[str, Any], batches: Iterable[tuple[list[Entry], bytes]]) -> None:
+    def _replace(
+        self,
+        header: Mapping[str, Any],
+        batches: Iterable[tuple[list[Entry], bytes]],
+        notes: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         """Replace both files: all of it, or nothing, whatever happens."""
         self._close()
         new_records, new, partial = (self._aside(name) for name in ("records", "new", "partial"))
@@ -329,7 +418,9 @@ class Journal:
                 _write_all(journal, encode({"format": FORMAT, "version": VERSION, **header}), sync=False)
                 for entries, data in batches:
                     _write_all(records, data, sync=False)
-                    _write_all(journal, _journal_line(entries, data), sync=False)
+                    _write_all(journal, batch_line(entries, data), sync=False)
+                for note in notes:
+                    _write_all(journal, encode(note), sync=False)
                 os.fsync(records.fileno())
                 os.fsync(journal.fileno())
             partial.replace(new)  # from here on it is decided
@@ -340,7 +431,7 @@ class Journal:
             raise
         _sync_folder(self.progress.parent)
         self._roll_forward()
-        self._known, self.finished, self._superseded = {}, None, False
+        self._forget()
         self._end, self._journal_end = self.records.stat().st_size, self.progress.stat().st_size
 
     def _roll_forward(self) -> None:
@@ -390,17 +481,8 @@ def disk_fault(path: Path, err: OSError) -> CaptionerError:
     """
     return CaptionerError(
         f"{path}: cannot be written: {err.strerror or err}; what was written before is intact: make room or mend it, "
-        "and the same command goes on from there"
+        "and the same command goes on from there (without --overwrite, which would begin anew)"
     )
-
-
-def encode(record: Mapping[str, Any]) -> bytes:
-    """Return a line of JSON, in ASCII: valid whatever a file's name is."""
-    return json.dumps(record).encode("ascii") + b"\n"
-
-
-def _journal_line(entries: Iterable[Entry], data: bytes) -> bytes:
-    return encode({"pictures": [entry.to_json() for entry in entries], "crc32": zlib.crc32(data)})
 
 
 def _copied(parts: Iterable[tuple[Entry, int, Path]]) -> Iterator[tuple[list[Entry], bytes]]:
@@ -438,23 +520,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
-    """Refuse to mix records of two settings in one output."""
-    flat_before, flat_now = _flat(before), _flat(now)
-    names = [*flat_now, *(name for name in flat_before if name not in flat_now)]
-    changed = [
-        f"{name} was {json.dumps(flat_before.get(name))}, now {json.dumps(flat_now.get(name))}"
-        for name in names
-        if flat_before.get(name) != flat_now.get(name)
-    ]
-    if changed:
-        raise ConfigError(f"{output}: was begun otherwise: {'; '.join(changed)}; keep to that, or {_REMEDY}")
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
-    return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Merged:
         }
 
 
+_OF_ONE_PART = ("shard", "into", "overwriting")
+
+
 def merge(
     parts: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
@@ -56,7 +60,8 @@ def merge(
         overwrite: replace what is there.
 
     Returns:
-        What was joined; the records are in the order of the source.
+        What was joined. The records are in the order of the source, as far as each picture was captioned by the first
+        run of its part; one that a later run found stands where it stood then.
 
     Raises:
         ConfigError: when a part is missing, unfinished, of another model, of other options or of another source.
@@ -85,9 +90,10 @@ def merge(
                     f"{plan.given}: is there already; name another output, or replace it with --overwrite"
                 )
         journal.fill({**header, "shard": None, "overwriting": overwrite}, rows)
+        plan.write_tables(journal)
         assert journals[0].finished is not None
         journal.finish(journals[0].finished)
-        plan.write_tables(journal)
+        journal.end_overwriting()
     failed = sum(bool(entry.kind) for entry, _, _ in rows)
     return Merged(tuple(map(str, plan.paths)), len(journals), len(rows), failed)
 
@@ -117,9 +123,10 @@ def _check(journals: Sequence[Journal]) -> dict[str, Any]:
     if len(counts) > 1:
         raise ConfigError(f"the parts are shards of different divisions: {', '.join(sorted(shards))}")
     (count,) = counts
-    missing = [f"{number}/{count}" for number in range(1, int(count) + 1) if f"{number}/{count}" not in shards]
-    if missing:
-        raise ConfigError(f"{len(missing)} of {count} shards are missing: {', '.join(missing[:20])}")
+    if len(shards) < int(count):  # which may be any number
+        every = (f"{number}/{count}" for number in range(1, int(count) + 1))
+        missing = itertools.islice((shard for shard in every if shard not in shards), 20)
+        raise ConfigError(f"{int(count) - len(shards)} of {count} shards are missing: {', '.join(missing)}")
     first = journals[0]
     for journal in journals:
         if journal.finished is None:
@@ -127,7 +134,7 @@ def _check(journals: Sequence[Journal]) -> dict[str, Any]:
                 f"{journal.records}: shard {journal.header['shard']} has not come to its end; run it again first"
             )
         for name in first.header.keys() | journal.header.keys():
-            if name not in ("shard", "into", "overwriting") and first.header.get(name) != journal.header.get(name):
+            if name not in _OF_ONE_PART and first.header.get(name) != journal.header.get(name):
                 raise ConfigError(f"{journal.records} and {first.records} were made with another {name}; run one again")
         if journal.finished != first.finished:
             raise ConfigError(
@@ -143,7 +150,7 @@ def _seen(journal: Journal) -> int:
 
 
 def _rows(journals: Sequence[Journal]) -> list[tuple[Entry, int, Path]]:
-    """Return the records of all parts in the order of the source; of a picture that was done again, the last."""
+    """Return the records of all parts in the order of their places; of a picture that was done again, the last."""
     rows: list[tuple[Entry, int, Path]] = []
     names: set[bytes] = set()
     for journal in journals:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from captioner.atomic import replacing
 from captioner.errors import ConfigError
@@ -16,6 +17,8 @@ from captioner.folders import is_picture_name
 from captioner.manifests import printable
 
 CSV_COLUMNS = ("image", "caption", "score", "confidence", "alternatives", "error_type", "error_message")
+ALT_TEXT = "alt_text"
+"""Column, and key of the records, that is there when alternative texts are asked for; it follows the caption."""
 ROW_GROUP = 10_000
 """Records that a Parquet writer holds at once, and a reader reads at once."""
 
@@ -23,7 +26,13 @@ ROW_GROUP = 10_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def write_csv(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+def write_csv(
+    records: Iterable[Mapping[str, Any]],
+    path: Path,
+    *,
+    alt_text: bool = False,
+    claim: Callable[[str], None] | None = None,
+) -> None:
     r"""Write records as comma-separated values (RFC 4180, UTF-8), with `CSV_COLUMNS` in the first line.
 
     A file's name may be made to run as a formula where a spreadsheet opens the table: the name of a picture that
@@ -33,33 +42,65 @@ def write_csv(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     Args:
         records: as `Caption.to_record` makes them.
         path: of the table; one that is there is replaced when all is written.
+        alt_text: give the table a column of alternative texts.
+        claim: called with the `table_hash` of what is written, just before it is put in place.
 
     Raises:
         ConfigError: when the path is one of a picture.
         OSError: when the disk takes no more; nothing is left then.
     """
     _check_path(path)
+    columns = _with_alt_text(CSV_COLUMNS) if alt_text else CSV_COLUMNS
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
         rows = csv.writer(text, lineterminator="\r\n")
-        rows.writerow(CSV_COLUMNS)
+        rows.writerow(columns)
         for record in records:
             error = record.get("error") or {}
             image = str(record["image"])
             alternatives = record.get("alternatives") or []
-            rows.writerow(
-                [
-                    f"./{image}" if image.startswith(_FORMULA) else image,
-                    _harmless(record.get("caption")),
-                    record.get("score"),
-                    record.get("confidence"),
-                    json.dumps(alternatives, ensure_ascii=False) if alternatives else "",
-                    error.get("type"),
-                    _harmless(error.get("message")),
-                ]
-            )
+            values = {
+                "image": f"./{image}" if image.startswith(_FORMULA) else image,
+                "caption": _harmless(record.get("caption")),
+                ALT_TEXT: _harmless(record.get(ALT_TEXT)),
+                "score": record.get("score"),
+                "confidence": record.get("confidence"),
+                "alternatives": json.dumps(alternatives, ensure_ascii=False) if alternatives else "",
+                "error_type": error.get("type"),
+                "error_message": _harmless(error.get("message")),
+            }
+            rows.writerow([values[name] for name in columns])
         text.flush()
         text.detach()
+        _claim(file, claim)
+
+
+def _with_alt_text(names: tuple[str, ...]) -> tuple[str, ...]:
+    at = names.index("caption") + 1
+    return (*names[:at], ALT_TEXT, *names[at:])
+
+
+def _claim(file: IO[bytes], claim: Callable[[str], None] | None) -> None:
+    """Say what a table holds while it still has another name."""
+    if claim is not None:
+        file.flush()
+        claim(table_hash(Path(file.name)))
+
+
+def table_hash(path: Path) -> str:
+    """Return a hash by which a table that we wrote is known again.
+
+    Args:
+        path: of the table.
+
+    Returns:
+        SHA-256, in hexadecimal.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _harmless(text: str | None) -> str | None:
@@ -85,16 +126,24 @@ def require_parquet() -> None:
         raise ConfigError("Parquet needs pyarrow: pip install captioner[parquet]") from err
 
 
-def write_parquet(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+def write_parquet(
+    records: Iterable[Mapping[str, Any]],
+    path: Path,
+    *,
+    alt_text: bool = False,
+    claim: Callable[[str], None] | None = None,
+) -> None:
     r"""Write records as Parquet, with all that they hold, in groups of `ROW_GROUP` rows.
 
-    Columns: image, caption (string), score, confidence (double), words (list of word, probability), alternatives (list
-    of caption, score), error (type, message; null when there was none). Bytes of a name that are no UTF-8 are written
-    as an escape, such as `\udcff`.
+    Columns: image, caption (string; alt_text after it, when asked for), score, confidence (double), words (list of
+    word, probability), alternatives (list of caption, score), error (type, message; null when there was none). Bytes of
+    a name that are no UTF-8 are written as an escape, such as `\udcff`.
 
     Args:
         records: as `Caption.to_record` makes them.
         path: of the table; one that is there is replaced when all is written.
+        alt_text: give the table a column of alternative texts.
+        claim: called with the `table_hash` of what is written, just before it is put in place.
 
     Raises:
         ConfigError: when pyarrow is not installed, or the path is one of a picture.
@@ -105,22 +154,23 @@ def write_parquet(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    schema = pa.schema(
-        [
-            pa.field("image", pa.string(), nullable=False),
-            pa.field("caption", pa.string()),
-            pa.field("score", pa.float64()),
-            pa.field("confidence", pa.float64()),
-            pa.field("words", pa.list_(pa.struct([("word", pa.string()), ("probability", pa.float64())]))),
-            pa.field("alternatives", pa.list_(pa.struct([("caption", pa.string()), ("score", pa.float64())]))),
-            pa.field("error", pa.struct([("type", pa.string()), ("message", pa.string())])),
-        ]
-    )
-    with replacing(path) as file, parquet.ParquetWriter(file, schema) as table:
-        stream = iter(records)
-        while group := list(islice(stream, ROW_GROUP)):
-            rows = [{name: _utf8(record.get(name)) for name in schema.names} for record in group]
-            table.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema), row_group_size=ROW_GROUP)
+    fields = [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("confidence", pa.float64()),
+        pa.field("words", pa.list_(pa.struct([("word", pa.string()), ("probability", pa.float64())]))),
+        pa.field("alternatives", pa.list_(pa.struct([("caption", pa.string()), ("score", pa.float64())]))),
+        pa.field("error", pa.struct([("type", pa.string()), ("message", pa.string())])),
+    ]
+    schema = pa.schema([*fields[:2], *([pa.field(ALT_TEXT, pa.string())] if alt_text else []), *fields[2:]])
+    with replacing(path) as file:
+        with parquet.ParquetWriter(file, schema) as table:
+            stream = iter(records)
+            while group := list(islice(stream, ROW_GROUP)):
+                rows = [{name: _utf8(record.get(name)) for name in schema.names} for record in group]
+                table.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema), row_group_size=ROW_GROUP)
+        _claim(file, claim)
 
 
 def _utf8(value: Any) -> Any:

@@ -1,10 +1,11 @@
 """Results → files: a text, an XMP sidecar or the maps beside or mirrored from each picture; tables from records.
 
 A file is written under another name in its folder, brought to the disk and put in place at once, so that it is whole or
-not there; to write it again after a crash gives the same files. A file that is not ours is never replaced.
+not there; to write it again after a crash gives the same files. A text is ours as long as it holds what we wrote, by
+its hash; one that is not, or that somebody has corrected, is never replaced.
 
 The file of `a.jpg` is `a.txt`; where another file of its folder could claim that name (`a.png`, `A.JPG`, a file `a`),
-it is `a.jpg.txt`. Sidecars are `a.jpg.xmp`, unless asked otherwise.
+it is `a.jpg.txt`. Sidecars are `a.jpg.xmp`, unless asked otherwise (`a.xmp`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal, get_args
@@ -48,9 +49,11 @@ __all__ = [
 ]
 
 FORMATS = ("jsonl", "csv", "parquet", "txt", "xmp")
-Sidecar = Literal["name.ext.xmp", "name.xmp"]
+Sidecar = Literal["picture", "name"]
 MapsKind = Literal["npz", "figure"]
 _NOT_A_PLACE = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+NOTHING: frozenset[bytes] = frozenset()
 
 
 class _PictureWriter:
@@ -97,7 +100,7 @@ class _PictureWriter:
             return self.folder / picture.relative.parent / name
         if picture.member is not None:
             label = printable(picture.name)
-            raise ConfigError(f"{label}: nothing can lie beside a picture in an archive; give a folder for the results")
+            raise ConfigError(f"{label}: nothing can lie beside a picture in an archive; name a folder with --into")
         return picture.path.parent / name
 
     def _base(self, picture: SourcePicture, *, full_name: bool) -> str:
@@ -149,18 +152,19 @@ def _claimed_names(names: Sequence[str]) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _name_faults(path: Path) -> Iterator[None]:
-    """Tell a name that no disk takes, which is a fault of one picture, from a disk that takes nothing."""
+    """Tell a place where nothing can be written, which is a fault of one picture, from a disk that takes nothing."""
     try:
         yield
     except ValueError as err:  # a NUL, or a surrogate that stands for no byte
         raise DataError(f"{printable(str(path))}: not a possible file name; rename the picture") from err
     except OSError as err:
-        if err.errno not in _NOT_A_PLACE:
-            raise
-        label = printable(str(path))
-        raise DataError(
-            f"{label}: cannot be written ({err.strerror}); rename the picture or what is in the way"
-        ) from err
+        if err.errno in _NOT_A_PLACE:
+            remedy = "rename the picture or what is in the way"
+        elif err.errno in _FORBIDDEN:
+            remedy = "change the permissions there, or write to another folder with --into"
+        else:  # It names the part that is moved into place, or nothing.
+            raise OSError(err.errno, err.strerror, str(path)) from err
+        raise DataError(f"{printable(str(path))}: cannot be written ({err.strerror}); {remedy}") from err
 
 
 def _existing(path: Path, most: int = xmp.MOST_BYTES + 1) -> bytes | None:
@@ -182,6 +186,7 @@ class TextWriter(_PictureWriter):
         template: of the text.
         replace: overwrite a file that holds another text; otherwise it is kept, and its picture fails.
         limits: of archives.
+        keep: real paths of files that are never overwritten: sources.
 
     Raises:
         ConfigError: when the folder cannot be made.
@@ -194,51 +199,72 @@ class TextWriter(_PictureWriter):
         *,
         replace: bool = False,
         limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
+        keep: Collection[str] = (),
     ) -> None:
         super().__init__(folder, ".txt", full_name=False, limits=limits)
         self._template = template or Template()
         self._replace = replace
+        self._keep = keep
 
-    def write(self, picture: SourcePicture, result: Caption) -> Path:
-        """Write the text of a picture.
+    def texts(self, picture: SourcePicture, result: Caption) -> tuple[bytes, ...]:
+        """Return the hashes of what the file of a picture will hold.
 
         Args:
             picture: from `find_pictures`.
             result: its caption.
 
         Returns:
+            One hash.
+        """
+        return (xmp.text_hash(b"t", self._data(picture, result)),)
+
+    def write(self, picture: SourcePicture, result: Caption, ours: Collection[bytes] = NOTHING) -> Path:
+        """Write the text of a picture.
+
+        Args:
+            picture: from `find_pictures`.
+            result: its caption.
+            ours: hashes of what we have written there before, which is overwritten.
+
+        Returns:
             The file.
 
         Raises:
-            DataError: when a file with another text is in the way, or no file can have the name.
+            DataError: when a file with another text is in the way, or no file can be there.
             ConfigError: when it is to lie beside a picture in an archive.
             OSError: when the disk takes no more.
         """
         path = self.path_of(picture)
-        data = f"{self._template.fill(picture, result)}\n".encode("utf-8", "backslashreplace")
+        data = self._data(picture, result)
         existing = _existing(path)
         if existing == data:
             return path
-        if existing is not None and not self._replace:
+        label = printable(str(path))
+        if self._keep and os.path.realpath(path) in self._keep:
+            raise DataError(f"{label}: a source, which is kept; write to another folder with --into")
+        if existing is not None and not self._replace and xmp.text_hash(b"t", existing) not in ours:
             raise DataError(
-                f"{printable(str(path))}: holds another text, which is kept; move it away, "
-                "write to another folder, or overwrite it with replace"
+                f"{label}: holds another text, which is kept; move it away, write to another folder with --into, or "
+                "begin anew with --overwrite, which replaces all such texts"
             )
         return self._put(path, data)
+
+    def _data(self, picture: SourcePicture, result: Caption) -> bytes:
+        return f"{self._template.fill(picture, result)}\n".encode("utf-8", "backslashreplace")
 
 
 class XmpWriter(_PictureWriter):
     """Writes an XMP sidecar for each picture; one that is there keeps all that it holds besides.
 
-    `name.ext.xmp` (`a.jpg.xmp`) is what digiKam and darktable write, what Immich prefers, and belongs to one picture
-    alone. `name.xmp` is Adobe's way; but Lightroom reads the sidecars of raw files only, and in a library of pairs,
-    `a.xmp` is the one of `a.cr2`.
+    `picture` (`a.jpg.xmp`) is what digiKam and darktable write, what Immich prefers, and belongs to one picture
+    alone. `name` (`a.xmp`) is Adobe's way; but Lightroom reads the sidecars of raw files only, and in a library of
+    pairs, `a.xmp` is the one of `a.cr2`.
 
     Args:
         folder: of the results, made when it is not there; None: beside each picture.
         alt_text: write `Iptc4xmpCore:AltTextAccessibility` too.
         template: of the description.
-        sidecar: "name.ext.xmp" or "name.xmp" (where another picture has the same stem, "name.ext.xmp" all the same).
+        sidecar: "picture" or "name" (where another picture has the same stem, "picture" all the same).
         replace: overwrite another description and alt text; otherwise they are kept, and their picture fails.
         limits: of archives.
 
@@ -252,41 +278,57 @@ class XmpWriter(_PictureWriter):
         alt_text: bool = False,
         template: Template | None = None,
         *,
-        sidecar: Sidecar = "name.ext.xmp",
+        sidecar: Sidecar = "picture",
         replace: bool = False,
         limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
     ) -> None:
         if sidecar not in get_args(Sidecar):
             raise ConfigError(f"sidecar must be one of {', '.join(get_args(Sidecar))}, got {sidecar!r}")
-        super().__init__(folder, ".xmp", full_name=sidecar == "name.ext.xmp", limits=limits)
+        super().__init__(folder, ".xmp", full_name=sidecar == "picture", limits=limits)
         self._alt_text = alt_text
         self._template = template or Template()
         self._replace = replace
 
-    def write(self, picture: SourcePicture, result: Caption) -> Path:
-        """Write the sidecar of a picture.
+    def texts(self, picture: SourcePicture, result: Caption) -> tuple[bytes, ...]:
+        """Return the hashes of what the sidecar of a picture will hold of ours.
 
         Args:
             picture: from `find_pictures`.
             result: its caption.
 
         Returns:
+            One of the description, and one of the alt text.
+        """
+        return xmp.text_hashes(*self._texts(picture, result))
+
+    def _texts(self, picture: SourcePicture, result: Caption) -> tuple[str, str | None]:
+        return self._template.fill(picture, result), alt_text(result.text) if self._alt_text else None
+
+    def write(self, picture: SourcePicture, result: Caption, ours: Collection[bytes] = NOTHING) -> Path:
+        """Write the sidecar of a picture.
+
+        Args:
+            picture: from `find_pictures`.
+            result: its caption.
+            ours: hashes of what we have written there before, which is overwritten.
+
+        Returns:
             The file.
 
         Raises:
             DataError: when a sidecar is there with another description, of a kind that cannot be changed, or under
-                the other name; or when no file can have the name.
+                the other name; or when no file can be there.
             ConfigError: when it is to lie beside a picture in an archive.
             OSError: when the disk takes no more.
         """
         path = self.path_of(picture)
-        texts = self._template.fill(picture, result), alt_text(result.text) if self._alt_text else None
+        texts = self._texts(picture, result)
         existing = _existing(path)
         if existing is None:
             self._check_other(picture, path)
             return self._put(path, xmp.packet(*texts))
         try:
-            data = xmp.merged(existing, *texts, replace=self._replace)
+            data = xmp.merged(existing, *texts, replace=self._replace, ours=ours)
         except DataError as err:
             raise DataError(f"{printable(str(path))}: {err}") from err.__cause__
         return path if data == existing else self._put(path, data)
@@ -298,9 +340,10 @@ class XmpWriter(_PictureWriter):
             return
         other = self._beside(picture, f"{short if self._full_name else picture.relative.name}.xmp")
         if os.path.lexists(other):
-            way = "name.xmp" if self._full_name else "name.ext.xmp"
+            way = "name" if self._full_name else "picture"
             raise DataError(
-                f"{printable(str(path))}: {printable(other.name)} is there already; write with sidecar={way!r}"
+                f"{printable(str(path))}: {printable(other.name)} is there already, and programs read only one of the "
+                f"two; write with --sidecar {way}, or move it away"
             )
 
 
@@ -332,18 +375,31 @@ class MapsWriter(_PictureWriter):
         super().__init__(folder, suffix, full_name=False, limits=limits)
         self._kind = kind
 
-    def write(self, picture: SourcePicture, result: Caption) -> Path:
-        """Write the maps of a picture; those that were written before are replaced.
+    def texts(self, picture: SourcePicture, result: Caption) -> tuple[bytes, ...]:
+        """Return nothing: maps are known by what is in them.
 
         Args:
             picture: from `find_pictures`.
             result: its caption.
 
         Returns:
+            No hash.
+        """
+        return ()
+
+    def write(self, picture: SourcePicture, result: Caption, ours: Collection[bytes] = NOTHING) -> Path:
+        """Write the maps of a picture; those that were written before are replaced.
+
+        Args:
+            picture: from `find_pictures`.
+            result: its caption.
+            ours: likewise; it does not matter here.
+
+        Returns:
             The file.
 
         Raises:
-            DataError: when a file that was not written here is in the way, or no file can have the name.
+            DataError: when a file that was not written here is in the way, or no file can be there.
             ConfigError: when it is to lie beside a picture in an archive.
             ImageError: when the picture of a figure cannot be opened any more.
             OSError: when the disk takes no more.

@@ -6,7 +6,9 @@ Photo Metadata Standard 2021.1), each as `rdf:Alt` with `x-default` (ISO 16684-1
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 from xml.parsers import expat
@@ -47,7 +49,39 @@ def packet(description: str, alt_text: str | None) -> bytes:
     ).encode()
 
 
-def merged(existing: bytes, description: str, alt_text: str | None, *, replace: bool) -> bytes:
+def text_hash(kind: bytes, text: bytes) -> bytes:
+    """Return a hash by which a text that we wrote is known again.
+
+    Args:
+        kind: one byte, so that equal texts of two kinds are not taken for each other.
+        text: as it lies in the file, without what surrounds it.
+
+    Returns:
+        Nine bytes: the kind, and a BLAKE2b of eight.
+    """
+    return kind + hashlib.blake2b(text, digest_size=8).digest()
+
+
+def text_hashes(description: str, alt_text: str | None) -> tuple[bytes, ...]:
+    """Return the hashes of what a sidecar is given.
+
+    Args:
+        description: as of `packet`.
+        alt_text: likewise.
+
+    Returns:
+        A `text_hash` for each.
+    """
+    return tuple(_hash(name, text) for name, text in _wanted(description, alt_text).items())
+
+
+def _hash(name: str, text: str) -> bytes:
+    return text_hash(b"d" if name == _DESCRIPTION else b"a", text.encode("utf-8", "surrogatepass"))
+
+
+def merged(
+    existing: bytes, description: str, alt_text: str | None, *, replace: bool, ours: Collection[bytes] = ()
+) -> bytes:
     """Put a description, and an alt text, into a sidecar that is there; all else stays as it is, byte for byte.
 
     Args:
@@ -55,13 +89,14 @@ def merged(existing: bytes, description: str, alt_text: str | None, *, replace: 
         description: as of `packet`.
         alt_text: likewise; None leaves the alt text alone.
         replace: overwrite texts that are there and differ, in all their languages.
+        ours: hashes of texts that we wrote (`text_hashes`): they are overwritten without `replace`.
 
     Returns:
         The new sidecar; the same bytes when it says all that already.
 
     Raises:
-        DataError: without `replace`, when the sidecar has another text; when it is no XMP, or of a kind that cannot be
-            changed without a loss. Messages lack the name of the file.
+        DataError: without `replace`, when the sidecar has another text that is not ours; when it is no XMP, or of a
+            kind that cannot be changed without a loss. Messages lack the name of the file.
     """
     found = _parse(existing)
     wanted = {
@@ -70,10 +105,14 @@ def merged(existing: bytes, description: str, alt_text: str | None, *, replace: 
     if not wanted:
         return existing
     for name in wanted:
-        others = [text for text in found.texts(name).values() if text.strip()]
-        if others and not replace:
+        held = found.texts(name)
+        others = [text for text in held.values() if text.strip()]
+        # A text in a second language beside ours is somebody's work.
+        is_ours = held.keys() == {"x-default"} and _hash(name, held["x-default"]) in ours
+        if others and not (replace or is_ours):
             raise DataError(
-                f"it has another {_PREFIXED[name]} already ({others[0]!r:.60}); keep it, or overwrite it with replace"
+                f"it has another {_PREFIXED[name]} already ({others[0]!r:.60}), which is kept; remove that, write to "
+                "another folder with --into, or begin anew with --overwrite, which replaces all such texts"
             )
         if name in found.attributes:
             raise DataError(f"it holds {_PREFIXED[name]} as an attribute; remove that with exiftool first")

@@ -229,7 +229,7 @@ def test_another_model_is_not_mixed_in(batch, source, tiny_checkpoint):
     from captioner import Captioner
 
     batch(source)
-    with pytest.raises(ConfigError, match="model was"):
+    with pytest.raises(ConfigError, match="it was another model"):
         batch(source, captioner=Captioner(tiny_checkpoint(seed=1), device="cpu"))
 
 
@@ -285,12 +285,15 @@ def test_an_output_that_is_a_source_is_refused(batch, source, tmp_path):
         ("out.jsonl", {"formats": ["jsonl", "docx"]}, "'docx'"),
         ("out.jsonl", {"into": "texts"}, "--into"),
         ("out.jsonl", {"template": "{caption}"}, "--template"),
-        ("out.jsonl", {"alt_text": True}, "--alt-text"),
+        ("out", {"formats": ["txt"], "alt_text": True}, "--alt-text"),
+        ("out.jsonl", {"sidecar": "name"}, "--sidecar"),
+        ("out.jsonl", {"formats": ["jsonl", "xmp"], "sidecar": "a.xmp"}, "sidecar must be one of"),
         ("out.jsonl", {"maps": "gif"}, "'gif'"),
         ("out.jsonl", {"shard": "3/2"}, "'3/2'"),
         ("out.jsonl", {"shard": "0/2"}, "'0/2'"),
         ("out.jsonl", {"batch_size": 0}, "batch_size"),
         ("out.jsonl", {"workers": -1}, "workers"),
+        ("out.jsonl", {"workers": 100_000}, "at most 256, got 100000"),
         ("out.jsonl", {"max_errors": -1}, "max_errors"),
         ("out.jsonl", {"beam_sise": 3}, "beam_size"),
     ],
