@@ -141,7 +141,7 @@ def build_app(
         first: Any = {"js": f"(...values) => {{ {_tell_stage('waiting')} return values; }}", **how}
         # Not when the photo was only cleared, or another source of photos was chosen.
         chosen: Any = {**first, "js": f"(...values) => {{ if (values[0]) {_tell_stage('waiting')} return values; }}"}
-        events = [
+        captioned = [
             photo.input(
                 _leavable_answers(listeners.caption_upload),
                 [photo, *inputs],
@@ -151,10 +151,10 @@ def build_app(
             ),
             again.click(_leavable_answers(listeners.caption_shown), inputs, outputs, **first),
             strip.click(_leavable_answers(listeners.caption_example), inputs, outputs, **first),
-            stage.score(_leavable(listeners.score_own), runs, stage, **how),
         ]
-        for event in events:
-            event.failure(None, js=f"() => {{ {_tell_stage('failed')} }}", api_visibility="private")
+        scored = stage.score(_leavable(listeners.score_own), runs, stage, **how)
+        for event, failed in (*((event, "failed") for event in captioned), (scored, "unread")):
+            event.failure(None, js=f"() => {{ {_tell_stage(failed)} }}", api_visibility="private")
         for function in Endpoints(captioner, uploads=UPLOADS).functions().values():
             # Not queued: a tool's call of a queued function would come back here over HTTP, without its login.
             api(_leavable(_answering(function)), queue=False)

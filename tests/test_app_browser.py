@@ -28,6 +28,7 @@ pytestmark = pytest.mark.browser
 pytest_plugins = ("app_pages",)
 EXAMPLES = sorted(app.EXAMPLES.glob("*.jpg"))
 
+AGAIN = "Something went wrong; please try again."
 READ_MAP = "() => document.querySelector('.stage .frame canvas').toDataURL()"
 # A file as the hand of a user would drop it.
 DROP = """([selector, base64, name]) => {
@@ -219,6 +220,46 @@ def test_a_fault_of_the_server_is_said_without_a_trace(browser, visit, tmp_path,
         assert "bug" not in page.content()
         assert str(tmp_path) not in page.content()
         assert "a bug at" in caplog.text
+    finally:
+        served.close(verbose=False)
+
+
+def test_a_call_that_fails_is_said_on_the_stage_and_what_it_shows_stays(browser, visit, tmp_path, monkeypatch):
+    def broken(self, runs, path, name, values, **how):
+        if not works:
+            raise RuntimeError("a bug")
+        yield from answers(self, runs, path, name, values, **how)
+
+    def no_answer(self, runs, event):
+        raise RuntimeError("a bug")
+
+    works, answers = [], app._Listeners._answers
+    monkeypatch.setattr(app._Listeners, "_answers", broken)
+    monkeypatch.setattr(app._Listeners, "score_own", no_answer)
+    monkeypatch.setattr(no_answer, "__annotations__", {"event": gr.EventData}, raising=False)
+    served, url = serve(PointingCaptioner())
+    try:
+        photo = save_photo(tmp_path / "photo.jpg", WIDE)
+        page = visit(url)
+        upload(page, photo)
+        assert error(page) == AGAIN
+        assert not page.is_visible(".stage .start")
+        assert not page.is_visible(".stage [data-part=result]")
+        works.append(True)
+        page = visit(url)
+        upload_photo(page, photo)
+        works.clear()
+        open_options(page)
+        page.get_by_role("button", name="Caption again").click()
+        assert error(page) == AGAIN
+        assert page.is_visible(".stage .frame img")
+        assert page.locator(".captions button").count() == 3
+        assert page.locator("[aria-busy=true]").count() == 0
+        page.locator(".captions button").nth(1).click()
+        page.get_by_label("Your own sentence").fill("a dog")
+        page.get_by_label("Your own sentence").press("Enter")
+        page.wait_for_function("() => document.querySelector('[data-part=own-answer]').textContent.includes('again')")
+        assert pressed(page, ".captions") == [False, True, False]
     finally:
         served.close(verbose=False)
 

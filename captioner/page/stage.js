@@ -253,10 +253,11 @@ document.addEventListener("captioner:waiting", () => {
 });
 document.addEventListener("captioner:failed", () => {
   element.removeAttribute("aria-busy");
-  parts.start.textContent = "Something went wrong; please try again.";
-  parts.live.textContent = parts.start.textContent;
-  if (parts["own-answer"].textContent.startsWith("Reading")) ownAnswer("No answer came; please try again.", true);
+  parts.start.hidden = true;
+  // The server never said what became of the photo: what is shown is still of the one before, where there is one.
+  showError({ error: "Something went wrong; please try again.", keep: true });
 });
+document.addEventListener("captioner:unread", () => ownAnswer("No answer came; please try again.", true));
 
 redraw();
 watch("value", render);
