@@ -30,6 +30,18 @@ pytest_plugins = ("app_pages",)
 TOPS = """() => Object.fromEntries(["frame", "words", "note"].map((name) => [
   name, document.querySelector(".stage [data-part=" + name + "]").getBoundingClientRect().top + scrollY]))"""
 
+NOTE_WHAT_IS_SAID = """() => {
+  window.said = [];
+  const node = document.querySelector("[data-part=done]");
+  new MutationObserver(() => said.push(node.textContent)).observe(node, { childList: true });
+}"""
+NOTE_WHO_IS_BUSY = """() => {
+  window.busy = [];
+  const note = (changes) => busy.push(...changes.map(({ target }) => target.dataset.part ?? target.className));
+  new MutationObserver(note).observe(document.querySelector(".stage").parentElement,
+    { attributes: true, attributeFilter: ["aria-busy"], subtree: true });
+}"""
+
 
 def texts(page):
     return [each.text_content() for each in page.locator(".stage .words button b").all()]
@@ -143,9 +155,71 @@ def test_caption_and_alt_text_are_copied(url, visit, tmp_path):
     for name, text in (("Copy caption", "<i>Caption</i> 1."), ("Copy alt text", alt_text("<i>Caption</i> 1."))):
         page.get_by_role("button", name=name).click()
         page.wait_for_function("(text) => navigator.clipboard.readText().then((t) => t === text)", arg=text)
-        assert "copied" in page.text_content("[data-part=done]")
+        page.wait_for_function("() => document.querySelector('[data-part=done]').textContent.endsWith(' copied')")
     assert page.text_content("[data-part=alt]") == alt_text("<i>Caption</i> 1.")
     assert f"{len(alt_text('<i>Caption</i> 1.'))} characters" in page.text_content("[data-part=alt-length]")
+
+
+def test_what_is_copied_again_is_said_again(url, visit, tmp_path):
+    page = visit(url)
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    page.evaluate(NOTE_WHAT_IS_SAID)
+    for times in (1, 2):
+        page.get_by_role("button", name="Copy caption").click()
+        page.wait_for_function(
+            "(count) => said.filter((text) => text === 'Caption copied').length === count", arg=times
+        )
+    assert page.evaluate("said") == ["Caption copied", "", "Caption copied"]
+
+
+def test_buttons_and_headings_are_read_word_by_word_and_the_opacity_by_its_percent(url, visit, tmp_path):
+    page = visit(url)
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    page.wait_for_selector(".model:nth-child(2) .words button")
+    for role, name in (
+        ("button", "<i>Caption</i> 1. −1.50"),
+        ("button", "<i>Caption</i> 3. cut short −3.50"),
+        ("heading", "another model −1.50"),
+        ("button", "east 42%"),
+    ):
+        assert page.get_by_role(role, name=name, exact=True).count() >= 1, name
+    slider = page.get_by_role("slider", name="Opacity", exact=True)
+    assert slider.get_attribute("aria-valuetext") == "65%"
+    slider.fill("40")
+    assert slider.get_attribute("aria-valuetext") == "40%"
+
+
+def test_what_is_said_while_the_page_is_busy_is_not_silenced(gated, visit, tmp_path):
+    page, gate = visit(gated.url), gated.gate
+    page.evaluate(NOTE_WHO_IS_BUSY)
+    upload(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    page.wait_for_selector(".stage .frame img[src]")
+    gate.open()
+    wait_for_captions(page)
+    assert set(page.evaluate("busy")) == {"result"}
+    assert page.locator("[aria-busy=true]").count() == 0
+
+
+def test_where_the_system_forces_its_colours_what_is_chosen_still_stands_out(url, visit, tmp_path):
+    page = visit(url)
+    page.emulate_media(forced_colors="active")
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    word(page, "south").click()
+    colours = "(node) => [getComputedStyle(node).backgroundColor, getComputedStyle(node.lastElementChild).color]"
+    for group in (".stage .words", ".film", ".captions"):
+        buttons = page.locator(f"{group} button").all()
+        chosen = pressed(page, group)
+        on, off = (
+            {
+                tuple(button.evaluate(colours))
+                for button, is_chosen in zip(buttons, chosen, strict=True)
+                if is_chosen is which
+            }
+            for which in (True, False)
+        )
+        assert len(on) == 1
+        assert not {background for background, _ in on} & {background for background, _ in off}
+        assert all(background != text for background, text in on | off)
 
 
 def test_figure_and_record_are_saved_under_the_photos_name_and_hold_what_is_shown(url, visit, tmp_path):
@@ -177,8 +251,8 @@ def test_models_stand_side_by_side_on_one_photo_and_each_has_its_own_words(url, 
     upload_photo(page, save_photo(tmp_path / "photo.jpg", TALL))
     page.wait_for_selector(".model:nth-child(2) .words button")
     assert [each.text_content() for each in page.locator(".model h3").all()] == [
-        "this model−1.50",
-        "another model−1.50",
+        "this model −1.50",
+        "another model −1.50",
     ]
     left, right = page.evaluate(
         "() => Array.from(document.querySelectorAll('.model')).map((each) => each.getBoundingClientRect().toJSON())"

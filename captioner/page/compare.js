@@ -18,7 +18,7 @@ function column(name) {
   parts.frame.append(parts.picture, parts.map);
   const note = make("p", { className: "line" });
   note.setAttribute("role", "status");
-  root.append(make("h3", {}, name, score), parts.frame, parts.words, note);
+  root.append(make("h3", {}, name, " ", score), parts.frame, parts.words, note);
   part("columns").append(root);
   const viewer = makeViewer(parts, (word, even) => { note.textContent = word === null ? "" : sees(word, even); });
   return (message, told) => {

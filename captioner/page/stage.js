@@ -32,9 +32,10 @@ function offerHeads([layers, heads]) {
 
 function captionItem(caption, index) {
   const text = make("span", { textContent: caption.text });
-  if (caption.own) text.append(make("em", { textContent: "yours" }));
-  if (!caption.finished) text.append(make("em", { textContent: "cut short" }));
-  const button = make("button", { type: "button" }, text, make("span", { textContent: minus(caption.score) }));
+  // The spaces are for the button's name: a screen reader reads it as one text.
+  if (caption.own) text.append(" ", make("em", { textContent: "yours" }));
+  if (!caption.finished) text.append(" ", make("em", { textContent: "cut short" }));
+  const button = make("button", { type: "button" }, text, " ", make("span", { textContent: minus(caption.score) }));
   button.addEventListener("click", () => showCaption(index));
   return make("li", {}, button);
 }
@@ -51,7 +52,7 @@ function showCaption(index, options) {
   parts.sure.textContent = caption.sure;
   parts.alt.textContent = caption.alt;
   parts["alt-length"].textContent = caption.alt.length + " characters";
-  parts.done.textContent = "";
+  say("");
 }
 
 function listCaptions() {
@@ -121,7 +122,7 @@ function render() {
   if (!message || message.run < run || (scored && message.run > run)) return;  // of another photo than is shown
   const fresh = message.run > run;
   run = message.run;
-  element.removeAttribute("aria-busy");
+  parts.result.removeAttribute("aria-busy");
   if (scored) return showScore(message);
   parts.start.hidden = true;
   if (message.error) return showError(message);
@@ -140,6 +141,7 @@ function render() {
 
 function redraw() {
   parts["opacity-said"].textContent = Math.round(100 * drawing.opacity) + "%";
+  parts.opacity.setAttribute("aria-valuetext", parts["opacity-said"].textContent);
   const palette = palettes[drawing.colours];
   const stops = Array.from({ length: 33 }, (_, i) => {
     const at = 3 * Math.min(8 * i, 255);
@@ -176,21 +178,29 @@ parts.own.addEventListener("submit", (event) => {
 
 // --- Copies and files ---
 
+// Empty for a moment: a screen reader does not read a text again that takes the place of its like.
+let saying = 0;
+function say(text) {
+  clearTimeout(saying);
+  parts.done.textContent = "";
+  saying = setTimeout(() => { parts.done.textContent = text; }, 100);
+}
+
 const fileName = (ending) => (photo.name.replace(/[.][^.]*$/, "") || "photo") + ending;
 
 function save(blob, name) {
   const link = make("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-  parts.done.textContent = "Saved as " + name;
+  say("Saved as " + name);
 }
 
 async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
-    parts.done.textContent = what + " copied";
+    say(what + " copied");
   } catch {  // no permission, or no clipboard on a page that came over plain HTTP
-    parts.done.textContent = "Your browser does not allow copying here; this is the text: " + text;
+    say("Your browser does not allow copying here; this is the text: " + text);
   }
 }
 
@@ -246,13 +256,13 @@ parts["save-record"].addEventListener("click", () => {
 // --- Between a click and the first answer ---
 
 document.addEventListener("captioner:waiting", () => {
-  element.setAttribute("aria-busy", "true");
+  parts.result.setAttribute("aria-busy", "true");  // not around the live regions, which would be silent
   parts.error.hidden = true;
   parts.start.textContent = "Looking at the photo \u2026";
   parts.live.textContent = "Looking at the photo.";
 });
 document.addEventListener("captioner:failed", () => {
-  element.removeAttribute("aria-busy");
+  parts.result.removeAttribute("aria-busy");
   parts.start.hidden = true;
   // The server never said what became of the photo: what is shown is still of the one before, where there is one.
   showError({ error: "Something went wrong; please try again.", keep: true });
