@@ -6,13 +6,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from captioner.errors import CaptionerError, ConfigError
 from captioner.terminal import (
     FAILED,
     INTERRUPTED,
@@ -28,7 +30,7 @@ from captioner.terminal import (
 )
 
 if TYPE_CHECKING:
-    from captioner.batch import Summary
+    from captioner.batch import Progress, Summary
 
 Output = Annotated[
     str,
@@ -71,11 +73,18 @@ def batch(
     template: Annotated[
         str | None, typer.Option(help="Text of txt and xmp, such as 'a photo, {caption}'.  [default: the caption]")
     ] = None,
-    alt_text: Annotated[bool, typer.Option("--alt-text", help="Write alternative texts into XMP files too.")] = False,
+    alt_text: Annotated[
+        bool, typer.Option("--alt-text", help="Write alternative texts too: alt_text in tables, and in XMP files.")
+    ] = False,
+    sidecar: Annotated[
+        str, typer.Option(metavar="picture|name", help="Name XMP files a.jpg.xmp, or a.xmp.")
+    ] = "picture",
     maps: Annotated[
         str | None, typer.Option(metavar="npz|figure", help="Save where each word was looked at, for every picture.")
     ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="GLOB", help="Only such pictures of folders.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only such pictures of folders and archives.")
+    ] = None,
     hidden: Annotated[bool, typer.Option("--hidden", help="Hidden files and folders too.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite/--resume", help="Start anew, or go on where the last run ended.")
@@ -106,6 +115,18 @@ def batch(
         str | None,
         typer.Option(metavar="HOST:PORT", help="With ray: the cluster.  [default: $RAY_ADDRESS, else this machine]"),
     ] = None,
+    max_members: Annotated[
+        int | None, typer.Option(metavar="N", help="The most entries of an archive.  [default: 1000000]")
+    ] = None,
+    max_member_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="The most bytes of a picture in an archive.  [default: 104857600]")
+    ] = None,
+    max_total_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="The most bytes an archive unpacks to.  [default: 1099511627776]")
+    ] = None,
+    max_ratio: Annotated[
+        int | None, typer.Option(metavar="N", help="How many times its size an archive unpacks to.  [default: 200]")
+    ] = None,
     model: Model = None,
     device: Device = "auto",
     runtime: Runtime = "auto",
@@ -115,12 +136,21 @@ def batch(
     options: dict[str, Any],
 ) -> None:
     """Caption whole folders and archives into files, going on where the last run ended."""
+    _hold_standard_streams()
     from captioner.progress import make_display
 
-    stop = threading.Event()
-    with make_display(quiet=quiet) as display, _stopped_by_signals(stop):
+    stop, last = threading.Event(), _Last(output, as_json=as_json)
+    with last, make_display(quiet=quiet) as display, _stopped_by_signals(stop):
+        from captioner.archives import ArchiveLimits
         from captioner.batch import run
 
+        limits = {
+            "max_members": max_members,
+            "max_member_bytes": max_member_bytes,
+            "max_total_bytes": max_total_bytes,
+            "max_ratio": max_ratio,
+        }
+        last.show = display.update
         summary = run(
             sources,
             output,
@@ -128,9 +158,11 @@ def batch(
             into=into,
             template=template,
             alt_text=alt_text,
+            sidecar=sidecar,
             maps=maps,
             pattern=pattern,
             hidden=hidden,
+            limits=ArchiveLimits(**{name: value for name, value in limits.items() if value is not None}),
             overwrite=overwrite,
             retry_failed=retry_failed,
             max_errors=max_errors,
@@ -145,11 +177,11 @@ def batch(
             runtime=runtime,
             threads=threads,
             stop=stop,
-            progress=display.update,
+            progress=last.update,
             note=display.say,
             **options,
         )
-    _report(summary, quiet=quiet, as_json=as_json)
+    _report(summary, quiet=quiet, as_json=as_json, overwrite=overwrite)
 
 
 @reports_errors
@@ -199,24 +231,79 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _report(summary: Summary, *, quiet: bool, as_json: bool) -> None:
+def _hold_standard_streams() -> None:
+    """Open what was closed of input, output and errors, so that no file of ours gets its number, and its text."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
+class _Last:
+    """Remembers how far a run has come, so that a summary can be written of one that ends by an error.
+
+    Args:
+        output: as it was named.
+        as_json: write it at all.
+    """
+
+    def __init__(self, output: str, *, as_json: bool) -> None:
+        self._output, self._as_json = output, as_json
+        self._progress: Progress | None = None
+        self._failed: Counter[str] = Counter()
+        self.show: Callable[[Progress], None] = lambda progress: None
+
+    def update(self, progress: Progress) -> None:
+        self._progress = progress
+        self._failed.update(type(result).__name__ for _, result in progress.results if isinstance(result, Exception))
+        self.show(progress)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._as_json and isinstance(error, CaptionerError) and not isinstance(error, ConfigError):
+            at = self._progress
+            summary = {
+                "outputs": [self._output],
+                "captioned": 0 if at is None else at.captioned,
+                "skipped": 0 if at is None else at.skipped,
+                "failed": dict(sorted(self._failed.items())),
+                "failed_before": 0,
+                "seconds": 0.0 if at is None else round(at.seconds, 3),
+                "stopped": "failed",
+            }
+            print_json({**summary, "error": {"type": type(error).__name__, "message": str(error)}})
+
+
+def _tell(say: Callable[[], None]) -> None:
+    """Say something on standard error, if anybody is there: what was done, and the status, are the same if not."""
+    with contextlib.suppress(OSError):
+        say()
+
+
+def _report(summary: Summary, *, quiet: bool, as_json: bool, overwrite: bool) -> None:
     """Say what was done, and end with the status of the contract."""
     if as_json:
         print_json(summary.to_dict())
     if not quiet:
         earlier = f", {summary.skipped} done before" if summary.skipped else ""
-        typer.echo(f"{summary.captioned} captioned{earlier}: {', '.join(summary.outputs)}", err=True)
+        _tell(lambda: typer.echo(f"{summary.captioned} captioned{earlier}: {', '.join(summary.outputs)}", err=True))
     failed = sum(summary.failed.values())
     if failed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary.failed.items())
         hint = f"; {summary.failed_before} of them before, --retry-failed tries again" if summary.failed_before else ""
         pictures = failed + summary.captioned + summary.skipped
-        complain(f"{failed} of {pictures} pictures could not be captioned: {kinds}{hint}")
+        _tell(lambda: complain(f"{failed} of {pictures} pictures could not be captioned: {kinds}{hint}"))
+    goes_on = f"the same command {'without --overwrite ' if overwrite else ''}goes on from here"
     if summary.stopped == "interrupted":
-        complain("interrupted; the same command goes on from here")
+        _tell(lambda: complain(f"interrupted; {goes_on}"))
         raise typer.Exit(INTERRUPTED)
     if summary.stopped == "errors":
-        complain("too many pictures failed; the same command goes on from here")
+        _tell(lambda: complain(f"too many pictures failed; {goes_on}"))
         raise typer.Exit(FAILED)
     if failed:
         raise typer.Exit(SOME_FAILED)

@@ -1,11 +1,17 @@
-"""What a batch run shows while it works: a bar on a terminal, else a line now and then. All of it on standard error."""
+"""What a batch run shows while it works: a bar on a terminal, else a line now and then. All of it on standard error.
+
+When nobody takes it any more (the terminal is gone, the pipe closed, the log's disk full), the run goes on unseen.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -49,10 +55,53 @@ def make_display(*, quiet: bool, console: Console | None = None) -> Display:
     Returns:
         A bar where there is somebody to look at it, else lines.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or Console(file=cast("IO[str]", Unbreakable(sys.stderr)), stderr=True, highlight=False)
     if console.is_terminal and not quiet:
         return BarDisplay(console)
     return LineDisplay(console, quiet=quiet)
+
+
+class Unbreakable:
+    """A stream that can be written to whatever becomes of it.
+
+    Args:
+        stream: which; None, as Python has it for one that was closed from the start, takes everything.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write a text, or let it be."""
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Bring it out, or let it be."""
+        self._attempt(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        """Tell whether somebody may look at it."""
+        return bool(self._attempt(lambda stream: stream.isatty()))
+
+    def fileno(self) -> int:
+        """Return its number."""
+        if self._stream is None:
+            raise OSError("no stream")
+        return self._stream.fileno()
+
+    def _attempt(self, step: Callable[[IO[str]], Any]) -> Any:
+        if self._stream is None:
+            return None
+        try:
+            return step(self._stream)
+        except (OSError, ValueError):  # ValueError when it was closed by Python
+            # What others still write to it, and what is left in its buffer, goes nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = None
+            return None
 
 
 def duration(seconds: float | None) -> str:

@@ -477,6 +477,9 @@ def test_merge_says_what_does_not_belong_together(batch, own, tmp_path):
         shutil.copy(path, path.with_name(f"copy{path.suffix}"))
     with pytest.raises(ConfigError, match=r"copy\.jsonl: is shard 2/3, and so is .*2\.jsonl"):
         merge([*parts, tmp_path / "copy.jsonl"], tmp_path / "merged.jsonl")
+    batch(own, "one of many.jsonl", shard="1/999999999")
+    with pytest.raises(ConfigError, match=r"999999998 of 999999999 shards are missing: 2/999999999, .*21/999999999$"):
+        merge([tmp_path / "one of many.jsonl"], tmp_path / "merged.jsonl")
     batch(own, "whole.jsonl")
     with pytest.raises(ConfigError, match="is no shard"):
         merge([*parts, tmp_path / "whole.jsonl"], tmp_path / "merged.jsonl")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from batch_runs import make_pictures
 from command import run
 from rich.console import Console
 
-from captioner import ImageReadError, SearchOptions
+from captioner import CaptionerError, ConfigError, ImageReadError, SearchOptions
 from captioner.batch import Progress
 from captioner.cli import app
-from captioner.progress import BarDisplay, LineDisplay, duration, make_display
+from captioner.errors import DataError
+from captioner.progress import BarDisplay, LineDisplay, Unbreakable, duration, make_display
 
 COUNT, BAD = 7, (2,)
 
@@ -90,6 +92,39 @@ def test_too_many_errors_are_status_1(batch, source, tmp_path):
     assert "too many pictures failed; the same command goes on from here" in result.stderr
 
 
+def test_after_an_overwriting_run_the_message_says_what_goes_on_from_it(batch, source, tmp_path):
+    options = ["-o", tmp_path / "out.jsonl", "--max-errors", 0, "--batch-size", 3]
+    result = batch(source, *options, "--overwrite")
+    assert result.exit_code == 1
+    assert "the same command without --overwrite goes on from here" in result.stderr
+    assert "done before" in batch(source, *options).stderr
+
+
+@pytest.mark.parametrize("error", [CaptionerError, DataError, ConfigError])
+def test_a_run_that_ends_by_an_error_has_a_summary_too(source, tmp_path, monkeypatch, error):
+    def fail(*_, progress, **__):
+        progress(Progress(captioned=2, failed=1, skipped=4, total=None, seconds=1.5, results=[*RESULTS, RESULTS[0]]))
+        raise error("the disk is full")
+
+    monkeypatch.setattr("captioner.batch.run", fail)
+    result = run("batch", source, "-o", tmp_path / "out.jsonl", "--json")
+    if error is ConfigError:  # wrong usage, and nothing was done
+        assert (result.exit_code, result.stdout) == (2, "")
+        return
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {
+        "outputs": [str(tmp_path / "out.jsonl")],
+        "captioned": 2,
+        "skipped": 4,
+        "failed": {"ImageReadError": 1},
+        "failed_before": 0,
+        "seconds": 1.5,
+        "stopped": "failed",
+        "error": {"type": error.__name__, "message": "the disk is full"},
+    }
+    assert result.stderr.endswith("error: the disk is full\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -100,6 +135,10 @@ def test_too_many_errors_are_status_1(batch, source, tmp_path):
         (["SOURCE", "-o", "FOLDER/out.jsonl", "--shard", "2"], "'2'"),
         (["SOURCE", "-o", "FOLDER/out.jsonl", "--beam-size", "0"], "beam_size must be"),
         (["FOLDER/none", "-o", "FOLDER/out.jsonl"], "FOLDER/none: no such file or folder"),
+        (["SOURCE", "-o", "-"], "-: an output is a file"),
+        (["SOURCE", "-o", "FOLDER/out.jsonl", "--workers", "100000"], "at most 256, got 100000"),
+        (["SOURCE", "-o", "FOLDER/out.jsonl", "--max-ratio", "0"], "max_ratio must be"),
+        (["SOURCE", "-o", "FOLDER/", "--format", "xmp", "--sidecar", "a"], "sidecar must be one of picture, name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -162,6 +201,35 @@ def test_a_closed_standard_output_costs_no_record(source, model, tmp_path):
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == COUNT
 
 
+def test_the_limits_of_archives_are_options_and_the_message_names_them(batch, source, tmp_path):
+    shutil.make_archive(str(tmp_path / "all"), "zip", source)
+    result = batch(tmp_path / "all.zip", "-o", tmp_path / "out.jsonl", "--max-members", 3)
+    assert result.exit_code == 2
+    assert "more than the limit of 3 members; if you trust the archive, raise --max-members" in result.stderr
+    assert batch(tmp_path / "all.zip", "-o", tmp_path / "out.jsonl", "--max-members", 99).exit_code == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes close in another way there")
+@pytest.mark.parametrize("way", ["2>&1 >/dev/null | true", "<&- 2>&-"])
+def test_a_closed_standard_error_ends_no_run(source, model, tmp_path, way):
+    options = f"--model {model} --device cpu --workers 0 --method greedy --max-words 4 --batch-size 1"
+    command = f"{sys.executable} -m captioner batch {source} -o {tmp_path}/out.jsonl {options}"
+    # The first batch comes when the reader has long ended.
+    subprocess.run(["sh", "-c", f"({command}; echo $? > {tmp_path}/status) {way}"], check=False, timeout=300)
+    assert (tmp_path / "status").read_text() == "3\n"
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == COUNT
+    assert all(json.loads(line)["image"] for line in (tmp_path / "out.jsonl").read_text().splitlines())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes close in another way there")
+def test_a_closed_standard_input_is_wrong_use(tmp_path):
+    command = f"{sys.executable} -m captioner batch - -o {tmp_path}/out.jsonl <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: -: standard input is closed")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- What is shown ---
 
 
@@ -212,6 +280,23 @@ def test_a_terminal_shows_a_bar_with_rate_time_left_failures_and_the_last_captio
     for text in ("33/100", "3.0/s", "0:22 left", "1 failed", "a\\n.jpg: A dog.", "error: bad.jpg", "left out: 2"):
         assert text in shown
     assert "\x1b[31m" not in shown
+
+
+def test_a_display_that_nobody_takes_goes_dumb():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    for options in ({}, {"force_terminal": True}):
+        stream = Unbreakable(Gone())
+        with make_display(quiet=False, console=Console(file=stream, width=200, **options)) as display:
+            display.say("left out: 2")
+            display.update(state(9, results=RESULTS))
+        assert not stream.isatty()
+    Unbreakable(None).write("text")
+    kept = io.StringIO()
+    Unbreakable(kept).write("text")
+    assert kept.getvalue() == "text"
 
 
 def test_a_file_is_no_terminal(tmp_path):
