@@ -23,7 +23,8 @@ from captioner.archives import ArchiveLimits
 from captioner.caption import Caption
 from captioner.config import SearchOptions
 from captioner.engine import Engine, LocalEngine, Result
-from captioner.errors import CaptionerError, ConfigError, DataError
+from captioner.errors import CaptionerError, ConfigError, DataError, ImageError, SearchError
+from captioner.images import DEFAULT_LIMITS, ImageLimits
 from captioner.journal import Entry, Journal, name_hash, state_hash
 from captioner.outputs import ADDED_SETTINGS, Outputs, PictureWriter, write_files
 from captioner.sharding import WHOLE, Seen, Shard, Total
@@ -119,6 +120,7 @@ def run(
     pattern: str | None = None,
     hidden: bool = False,
     limits: ArchiveLimits | None = None,
+    picture_limits: ImageLimits | None = None,
     stdin: IO[Any] | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
@@ -159,6 +161,7 @@ def run(
         pattern: only pictures of folders whose names match this glob.
         hidden: hidden files and folders too.
         limits: of archives.
+        picture_limits: of each picture's pixels and bytes; a larger one is a bad picture.
         stdin: what "-" reads; default: standard input.
         overwrite: start anew instead of going on; texts and tables that are there are replaced, whoever wrote them,
             until this run, or what goes on from it, has come to its end.
@@ -192,6 +195,7 @@ def run(
     part = WHOLE if shard is None else Shard.parse(shard)
     if max_errors is not None and (not isinstance(max_errors, int) or isinstance(max_errors, bool) or max_errors < 0):
         raise ConfigError(f"max_errors must be a whole number, at least 0, got {max_errors!r}")
+    picture_limits = picture_limits or DEFAULT_LIMITS
     _check_apart(given, plan)
     if isinstance(engine, str):
         engine = _engine(
@@ -204,7 +208,12 @@ def run(
             cluster={"actors": actors, "address": ray_address},
             device=device,
             computing={"runtime": runtime, "threads": threads},
-            settings={"batch_size": batch_size, "workers": workers, "options": options},
+            settings={
+                "batch_size": batch_size,
+                "workers": workers,
+                "options": options,
+                "picture_limits": picture_limits,
+            },
         )
     note = note or ignore
     search: dict[str, Any] = {"pattern": pattern, "hidden": hidden, "limits": limits or ArchiveLimits()}
@@ -220,12 +229,18 @@ def run(
                 plan.check_tables(journal)
             except DataError as err:  # before anything is done, it is the use that is wrong
                 raise ConfigError(str(err)) from err
-            writers = {
-                replace: plan.writers(replace=replace, limits=search["limits"], keep=_lists(given))
-                for replace in (False, True)
-            }
-            limits_of_errors = {"retry_failed": retry_failed, "max_errors": max_errors}
-            work = _Run(journal, plan, part, writers, total=total, note=note, **limits_of_errors)
+            kept: dict[str, Any] = {"limits": search["limits"], "picture_limits": picture_limits, "keep": _lists(given)}
+            writers = {replace: plan.writers(replace=replace, **kept) for replace in (False, True)}
+            work = _Run(
+                journal,
+                plan,
+                part,
+                writers,
+                retry_failed=retry_failed,
+                max_errors=max_errors,
+                total=total,
+                note=note,
+            )
             try:
                 work.loop(engine, itertools.chain(first, pictures), stop or threading.Event(), progress)
             except Exception:
@@ -347,6 +362,7 @@ class _Run:
         held = [self.journal.written(entry.name) for entry, _ in drawn]
         self._intend(batch, drawn)
         for (picture, result), (entry, replace), texts in zip(batch, drawn, held, strict=True):
+            fault: ImageError | SearchError | DataError | None
             if isinstance(result, Caption):
                 now, fault = write_files(picture, result, self.writers[replace], texts)
             else:

@@ -127,6 +127,12 @@ def batch(
     max_ratio: Annotated[
         int | None, typer.Option(metavar="N", help="How many times its size an archive unpacks to.  [default: 200]")
     ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(metavar="N", help="The most pixels of a picture.  [default: 100000000]")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="The most bytes of a picture's file.  [default: 104857600]")
+    ] = None,
     model: Model = None,
     device: Device = "auto",
     runtime: Runtime = "auto",
@@ -143,6 +149,7 @@ def batch(
     with last, make_display(quiet=quiet) as display, _stopped_by_signals(stop):
         from captioner.archives import ArchiveLimits
         from captioner.batch import run
+        from captioner.images import ImageLimits
 
         limits = {
             "max_members": max_members,
@@ -162,7 +169,8 @@ def batch(
             maps=maps,
             pattern=pattern,
             hidden=hidden,
-            limits=ArchiveLimits(**{name: value for name, value in limits.items() if value is not None}),
+            limits=ArchiveLimits(**_given(limits)),
+            picture_limits=ImageLimits(**_given({"max_pixels": max_pixels, "max_bytes": max_bytes})),
             overwrite=overwrite,
             retry_failed=retry_failed,
             max_errors=max_errors,
@@ -205,6 +213,10 @@ def merge(
             f"{', '.join(merged.outputs)}",
             err=True,
         )
+
+
+def _given(options: dict[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _split(formats: list[str] | None) -> list[str]:

@@ -28,6 +28,7 @@ from typing import IO, NamedTuple, Self
 
 from captioner.config import PreprocessingConfig
 from captioner.errors import CaptionerError, ConfigError, ImageError, ImageReadError
+from captioner.images import DEFAULT_LIMITS, ImageLimits
 from captioner.prepared import PreparedPicture, prepare
 from captioner.sources import SourcePicture
 
@@ -44,10 +45,12 @@ class Task(NamedTuple):
     Args:
         picture: to read and decode.
         config: of the model.
+        limits: of pixels and bytes.
     """
 
     picture: SourcePicture
     config: PreprocessingConfig
+    limits: ImageLimits = DEFAULT_LIMITS
 
 
 class WorkerDiedError(Exception):
@@ -70,7 +73,7 @@ def decode(task: Task) -> PreparedPicture | ImageError:
         The picture as a model takes it, or why it cannot be read.
     """
     try:
-        return prepare(task.picture.read(), task.config, name=task.picture.name, keep_source=False)
+        return prepare(task.picture.read(), task.config, name=task.picture.name, limits=task.limits, keep_source=False)
     except ImageError as err:
         return err
 
@@ -121,7 +124,12 @@ class Decoders:
         return [worker.process.pid for worker in self._all]
 
     def map(
-        self, pictures: Iterable[SourcePicture], config: PreprocessingConfig, *, ahead: int
+        self,
+        pictures: Iterable[SourcePicture],
+        config: PreprocessingConfig,
+        *,
+        ahead: int,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> Iterator[tuple[SourcePicture, PreparedPicture | ImageError]]:
         """Decode pictures.
 
@@ -129,6 +137,7 @@ class Decoders:
             pictures: drawn from only as far as is decoded ahead.
             config: of the model.
             ahead: decoded pictures that are held, at most.
+            limits: of pixels and bytes.
 
         Yields:
             Each picture and what came of it, in their order.
@@ -136,7 +145,7 @@ class Decoders:
         Raises:
             CaptionerError: when no process can be started.
         """
-        tasks = (Task(picture, config) for picture in pictures)
+        tasks = (Task(picture, config, limits) for picture in pictures)
         if not self.workers:
             yield from ((task.picture, decode(task)) for task in tasks)
             return

@@ -16,6 +16,7 @@ from captioner.caption import Caption
 from captioner.config import SearchOptions
 from captioner.decoding import Decoders, default_workers
 from captioner.errors import ConfigError, DataError, ImageError, SearchError
+from captioner.images import DEFAULT_LIMITS, ImageLimits
 from captioner.prepared import PreparedPicture
 from captioner.sources import SourcePicture
 
@@ -58,6 +59,7 @@ class LocalEngine:
         batch_size: pictures that go through the model together.
         workers: processes that decode; None is one for each CPU, 0 decodes in this process.
         options: search options.
+        picture_limits: of pixels and bytes.
 
     Raises:
         ConfigError: for an impossible setting.
@@ -70,6 +72,7 @@ class LocalEngine:
         batch_size: int = 32,
         workers: int | None = None,
         options: Mapping[str, Any] | None = None,
+        picture_limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or not 1 <= batch_size <= BATCH_LIMIT:
             raise ConfigError(
@@ -77,7 +80,7 @@ class LocalEngine:
             )
         self._options = dict(options or {})
         SearchOptions.from_dict(self._options)  # wrong usage is said before the model is loaded
-        self._make, self._batch_size = captioner, batch_size
+        self._make, self._batch_size, self._picture_limits = captioner, batch_size, picture_limits
         self._decoders = Decoders(default_workers() if workers is None else workers)
         self.identity: Mapping[str, Any] = {}
 
@@ -108,6 +111,7 @@ class LocalEngine:
             self._captioner.config.preprocessing,
             # While the model has one batch, the next one is made ready.
             ahead=2 * self._batch_size + self._decoders.workers,
+            limits=self._picture_limits,
         )
         while batch := list(itertools.islice(decoded, self._batch_size)):
             good = [item for _, item in batch if isinstance(item, PreparedPicture)]

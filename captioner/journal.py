@@ -358,7 +358,9 @@ class Journal:
         last: dict[bytes, tuple[Entry, int]] = {}  # in the order in which names came first
         for entry, begin in self.entries():
             last[entry.name] = (entry, begin)
-        notes = [{"table": suffix, "hash": made} for suffix, hashes in tables.items() for made in hashes]
+        notes: list[Mapping[str, Any]] = [
+            {"table": suffix, "hash": made} for suffix, hashes in tables.items() for made in hashes
+        ]
         if intended:
             notes.append({"intended": {name.hex(): b"".join(sorted(texts)).hex() for name, texts in intended.items()}})
         self.fill(self.header, [(entry, begin, self.records) for entry, begin in last.values()], notes=notes)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from captioner.archives import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits
 from captioner.caption import Caption, error_record
 from captioner.errors import CaptionerError, ConfigError, DataError, ImageError
+from captioner.images import DEFAULT_LIMITS, ImageLimits
 from captioner.journal import Journal, disk_fault
 from captioner.sources import SourcePicture
 from captioner.tables import ALT_TEXT, require_parquet, table_hash, write_csv, write_parquet
@@ -222,7 +223,12 @@ class Outputs:
                 )
 
     def writers(
-        self, *, replace: bool, limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS, keep: Collection[str] = ()
+        self,
+        *,
+        replace: bool,
+        limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
+        keep: Collection[str] = (),
+        picture_limits: ImageLimits = DEFAULT_LIMITS,
     ) -> list[PictureWriter]:
         """Return what writes the files of single pictures.
 
@@ -230,6 +236,7 @@ class Outputs:
             replace: other texts of the same pictures, whoever wrote them.
             limits: of archives.
             keep: real paths of files that are never replaced.
+            picture_limits: of the pictures in figures.
 
         Returns:
             The writers.
@@ -245,7 +252,7 @@ class Outputs:
             settings: dict[str, Any] = {"sidecar": self.sidecar, "replace": replace, "limits": limits}
             made.append(XmpWriter(self.into, self.alt_text, template, **settings))
         if self.maps is not None:
-            made.append(MapsWriter(self.into, kind=self.maps, limits=limits))
+            made.append(MapsWriter(self.into, kind=self.maps, limits=limits, picture_limits=picture_limits))
         return made
 
     def record(self, picture: SourcePicture, result: Result, fault: CaptionerError | None) -> dict[str, Any]:
@@ -259,7 +266,7 @@ class Outputs:
         Returns:
             Plain values, ready for JSON.
         """
-        error = {} if fault is None else error_record(picture.name, fault)
+        error: dict[str, Any] = {} if fault is None else error_record(picture.name, fault)
         record = error
         if isinstance(result, Caption):
             record = result.to_record(picture.name) | {key: error[key] for key in error if key == "error"}

@@ -31,6 +31,7 @@ from captioner.api import Captioner
 from captioner.decoding import WORKERS_LIMIT
 from captioner.engine import LocalEngine, Result
 from captioner.errors import CaptionerError, ConfigError, ImageReadError
+from captioner.images import DEFAULT_LIMITS, ImageLimits
 from captioner.manifests import printable
 from captioner.sources import SourcePicture
 
@@ -56,6 +57,7 @@ class RayEngine:
         batch_size: pictures that go through the model together.
         workers: processes that decode for each actor; None is one for each CPU that it has, 0 decodes in the actor.
         options: search options.
+        picture_limits: of pixels and bytes.
 
     Raises:
         ConfigError: for an impossible setting, or where Ray is not installed.
@@ -72,6 +74,7 @@ class RayEngine:
         batch_size: int = 32,
         workers: int | None = None,
         options: Mapping[str, Any] | None = None,
+        picture_limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if actors is not None and (not isinstance(actors, int) or isinstance(actors, bool) or actors < 1):
             raise ConfigError(f"actors must be a whole number, at least 1, got {actors!r}")
@@ -83,7 +86,7 @@ class RayEngine:
         self._make, self._address, self._actors = captioner, address, actors
         self._device, self._batch_size, self._workers = device, batch_size, workers
         self._computing = dict(computing or {})
-        self._options = dict(options or {})
+        self._options, self._picture_limits = dict(options or {}), picture_limits
         self._started = False
         self.identity: Mapping[str, Any] = {}
 
@@ -178,6 +181,7 @@ class RayEngine:
                     "batch_size": self._batch_size,
                     "workers": min(self._pool.cpus, WORKERS_LIMIT) if self._workers is None else self._workers,
                     "options": self._options,
+                    "picture_limits": self._picture_limits,
                 },
                 batch_size=1,
                 batch_format="pyarrow",

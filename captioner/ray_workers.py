@@ -28,6 +28,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from captioner.errors import CaptionerError, ImageReadError
+from captioner.images import ImageLimits
 from captioner.manifests import printable
 from captioner.sources import SourcePicture
 
@@ -157,6 +158,7 @@ class Captioning:
         batch_size: pictures that go through the model together.
         workers: processes that decode.
         options: search options.
+        picture_limits: of pixels and bytes.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Captioning:
         batch_size: int,
         workers: int,
         options: Mapping[str, Any],
+        picture_limits: ImageLimits,
     ) -> None:
         from captioner.api import Captioner
         from captioner.engine import LocalEngine
@@ -179,7 +182,11 @@ class Captioning:
             for name, data in ray.get(model[0]).items():
                 Path(folder, name).write_bytes(data)
             self._engine = LocalEngine(
-                lambda: Captioner.load(folder, **loading), batch_size=batch_size, workers=workers, options=options
+                lambda: Captioner.load(folder, **loading),
+                batch_size=batch_size,
+                workers=workers,
+                options=options,
+                picture_limits=picture_limits,
             )
             try:
                 self._engine.__enter__()

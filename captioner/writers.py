@@ -28,7 +28,9 @@ from captioner.archives import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, read_membe
 from captioner.atomic import replacing
 from captioner.errors import ConfigError, DataError
 from captioner.folders import FIGURE_SUFFIX, is_picture_name
+from captioner.images import DEFAULT_LIMITS, ImageLimits, open_picture
 from captioner.manifests import printable
+from captioner.prepared import FIGURE_SIDE_PX
 from captioner.sources import SourcePicture, member_place
 from captioner.tables import require_parquet, write_csv, write_parquet
 from captioner.templates import Template, alt_text
@@ -357,6 +359,7 @@ class MapsWriter(_PictureWriter):
         folder: of the results, made when it is not there; None: beside each picture.
         kind: "npz" or "figure".
         limits: of archives.
+        picture_limits: of the picture in a figure.
 
     Raises:
         ConfigError: when the folder cannot be made, or for another kind.
@@ -368,12 +371,13 @@ class MapsWriter(_PictureWriter):
         kind: MapsKind = "npz",
         *,
         limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
+        picture_limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         if kind not in get_args(MapsKind):
             raise ConfigError(f"kind of maps must be one of {', '.join(get_args(MapsKind))}, got {kind!r}")
         suffix = ".maps.npz" if kind == "npz" else FIGURE_SUFFIX
         super().__init__(folder, suffix, full_name=False, limits=limits)
-        self._kind = kind
+        self._kind, self._picture_limits = kind, picture_limits
 
     def texts(self, picture: SourcePicture, result: Caption) -> tuple[bytes, ...]:
         """Return nothing: maps are known by what is in them.
@@ -411,7 +415,8 @@ class MapsWriter(_PictureWriter):
             raise DataError(f"{printable(str(path))}: a file that was not written here; move it away")
         if self._kind == "figure":
             drawing = io.BytesIO()
-            result.figure(picture.read()).savefig(drawing, format="png", metadata={"Software": "Captioner"})
+            shown = open_picture(picture.read(), limits=self._picture_limits, side_px=FIGURE_SIDE_PX)
+            result.figure(shown.image).savefig(drawing, format="png", metadata={"Software": "Captioner"})
             return self._put(path, drawing.getvalue())
         rows_columns = result.geometry.grid_hw
         arrays: dict[str, Any] = {

@@ -20,6 +20,7 @@ from captioner.batch import Progress, Shard, run
 from captioner.caption import error_record
 from captioner.decoding import Decoders, Task, decode, default_workers
 from captioner.engine import LocalEngine, fingerprint
+from captioner.images import ImageLimits
 from captioner.journal import name_hash
 from captioner.merge import merge
 from captioner.prepared import PreparedPicture
@@ -637,6 +638,13 @@ def test_a_fault_of_ours_while_decoding_is_raised_and_no_error_of_the_picture(ti
         with Decoders(workers) as decoders, pytest.raises(AttributeError):
             list(decoders.map([broken], config, ahead=1))
     assert isinstance(decode(Task(picture, config)), PreparedPicture)
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 1000}, {"max_bytes": 50}])
+def test_a_picture_over_the_limits_is_an_error_until_they_are_raised(batch, source, limits):
+    options = {"formats": ["jsonl"], "workers": 1, "batch_size": COUNT}
+    assert batch(source, **options, picture_limits=ImageLimits(**limits)).failed["ImageTooLargeError"] > 0
+    assert counts(batch(source, **options, retry_failed=True)) == (COUNT - len(BAD), 0, len(BAD), 0)
 
 
 def test_as_many_processes_decode_as_there_are_cpus_for_this_one():
