@@ -194,6 +194,8 @@ class Journal:
                 if not self._accept(line, records):
                     break
                 self._journal_end = end
+        if first[0]["version"] == 1 and self.finished is not None:
+            self.header["overwriting"] = False  # which that version did not note
 
     def _lines(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield the whole lines of the journal and where each ends."""
