@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
-from captioner import CaptionerError, ConfigError, serving
-from captioner.asgi import CALL, Door, OpenDoor, ServiceMiddleware
+from captioner import CaptionerError, ConfigError, faults, serving, tools
+from captioner.answers import FAULT
+from captioner.asgi import CALL, PLACE, ServiceMiddleware
 from captioner.config import METHODS
+from captioner.door import Door, OpenDoor
 from captioner.endpoints import NAMES, Endpoints, client_name, tool_contents
 from captioner.page import (
     MAX_BEAM_SIZE,
@@ -36,11 +39,13 @@ from captioner.page import (
 )
 from captioner.page.examples import Examples
 from captioner.payloads import is_upload
-from captioner.requests import Callers, Runs
+from captioner.requests import PLACED, Callers, Place, Runs
 from captioner.terminal import say
 
 UPLOADS = serving.prepare_environment()  # before Gradio is imported, which reads it
 import gradio as gr  # noqa: E402
+import gradio.queueing  # noqa: E402
+import gradio.routes  # noqa: E402
 from gradio.context import LocalContext  # noqa: E402
 from gradio.events import api  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
@@ -59,7 +64,6 @@ MAX_SESSIONS = 1000
 TITLE = "Captioner"
 INTRODUCTION = f"""# {TITLE}
 A sentence for your photo, and for every word the place where the model looked."""
-FAULT = "Something went wrong on the computer that runs this page; please try again."
 PLACEHOLDER = "Drop a photo here\nor click to choose one"
 PRIVACY = "Your photo goes to the computer that runs this page, and nowhere else."
 OPTION_ROWS = (
@@ -158,8 +162,8 @@ def build_app(
         for function in Endpoints(captioner, uploads=UPLOADS).functions().values():
             # Not queued: a tool's call of a queued function would come back here over HTTP, without its login.
             api(_leavable(_answering(function)), queue=False)
-    # The service says how many may wait; a limit of Gradio's own would keep its batches small.
-    page.queue(max_size=None, default_concurrency_limit=None)
+    # The service says how many may wait; a smaller limit of Gradio's own would keep its batches small.
+    page.queue(max_size=MAX_SESSIONS, default_concurrency_limit=None)
     return page
 
 
@@ -214,12 +218,18 @@ def _caller() -> Iterator[None]:
     """Work for the client whose request Gradio answers in this thread; one who has left is told nothing."""
     request = LocalContext.request.get(None)
     scope = getattr(getattr(request, "request", request), "scope", {})
-    names = (LocalContext.event_id.get(None), getattr(request, "session_hash", None), scope.get(CALL))
+    once = [*filter(None, (LocalContext.event_id.get(None), scope.get(CALL)))]
+    page = [*filter(None, (getattr(request, "session_hash", None),))]
+    place: Place = scope.get(PLACE) or Place()
+    token = PLACED.set(place)
     try:
-        with CALLERS.waiting(*filter(None, names)):
+        with CALLERS.waiting(*once, *page, once=once):
             yield
     except CancelledError as err:
         raise gr.Error("The client has left.", title="Cancelled", print_exception=False) from err
+    finally:
+        PLACED.reset(token)
+        place.drop()
 
 
 def _tell_stage(what: str) -> str:
@@ -397,6 +407,7 @@ def start(
     door: Door | None = None,
     users: Sequence[tuple[str, str]] | None = None,
     mcp: bool = False,
+    trust_proxy: str = "",
 ) -> str:
     """Serve the page from threads of this process, until `page.close()`.
 
@@ -407,6 +418,7 @@ def start(
         door: the service, which says who is let in and counts; by default everyone is, within the usual limits.
         users: names and passwords of those who may come in; None asks for none.
         mcp: whether the endpoints are tools of the Model Context Protocol too.
+        trust_proxy: addresses of proxies, between commas, that are believed whom a request comes from.
 
     Returns:
         Where the page is.
@@ -417,8 +429,11 @@ def start(
     door = door or OpenDoor()
     guard: dict[str, Any] = {"uploads": UPLOADS, "endpoints": NAMES, "users": users}
     guard |= {"known": functools.partial(_is_known, page), "forget": functools.partial(_forget, page)}
-    guard["leave"] = CALLERS.leave
+    guard |= {"leave": CALLERS.leave, "give_up": functools.partial(_give_up, page), "calls": _calls(page)}
     before = Middleware(ServiceMiddleware, service=door, **guard)
+    os.environ["FORWARDED_ALLOW_IPS"] = trust_proxy  # Gradio's server reads it, and believes this machine otherwise
+    for module in (gradio.routes, gradio.queueing):
+        module.traceback = faults.Traces()  # type: ignore[attr-defined]
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -444,8 +459,12 @@ def start(
         css=read("page.css"),
     )
     if mcp:
-        tools: Any = page.mcp_server_obj
-        tools.postprocess_output_data = tool_contents
+        server: Any = page.mcp_server_obj
+        server.postprocess_output_data = tool_contents
+        handlers = server.mcp_server.request_handlers
+        server.mcp_server.request_handlers = {
+            kind: handle for kind, handle in handlers.items() if kind.__name__ in tools.REQUESTS
+        }
     return str(url)
 
 
@@ -454,6 +473,31 @@ def _is_known(page: gr.Blocks, cookies: str) -> bool:
     jar = parse_cookies(cookies)
     tokens = [jar.get(f"access-token-{kind}{page.app.cookie_id}") for kind in ("", "unsecure-")]
     return next(filter(None, tokens), None) in page.app.tokens
+
+
+def _calls(page: gr.Blocks) -> dict[str | int, int]:
+    """Return how many values each endpoint, by its name, and each event of the page, by its number, takes."""
+    found: dict[str | int, int] = {number: len(function.inputs) for number, function in page.fns.items()}
+    return found | {
+        str(function.api_name): len(function.inputs)
+        for function in page.fns.values()
+        if function.api_visibility != "private"
+    }
+
+
+def _give_up(page: gr.Blocks, session: str, call: str) -> None:
+    """Drop a call whose answer nobody fetches, and its answer."""
+    CALLERS.leave(call)
+    queue = page._queue
+    if (event := queue.event_ids_to_events.get(call)) is not None:
+        event.alive = False  # it answers nobody any more
+    calls = queue.pending_event_ids_session.get(session, set())
+    calls.discard(call)
+    if not calls:
+        queue.pending_event_ids_session.pop(session, None)
+        queue.pending_messages_per_session.pop(session, None)
+    if session == call:  # a session that a client named may be a page that is being looked at
+        _forget(page, session)
 
 
 def _forget(page: gr.Blocks, session: str) -> None:
@@ -500,7 +544,9 @@ def serve(settings: serving.ServeSettings) -> None:
         examples = find_examples(service)
         name = serving.title(settings.model, 1, service.captioner.config.decoder)
         page = build_app(service, others=others, name=name, examples=examples)
-        url = start(page, host=settings.host, port=port, door=service, users=settings.users, mcp=settings.mcp)
+        how: Any = {"users": settings.users, "mcp": settings.mcp, "trust_proxy": settings.trust_proxy}
+        url = start(page, host=settings.host, port=port, door=service, **how)
+        faults.write_places_only()  # after the start, in which Gradio's server sets up its own log
         closing.callback(page.close, verbose=False)
         closing.enter_context(serving.swept(UPLOADS))
         threading.Thread(target=examples.get_ready, name="examples", daemon=True).start()

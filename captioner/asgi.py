@@ -4,7 +4,8 @@
             ──▶ a route that is not served ──▶ 404
             ──▶ not logged in, or too many wrong passwords ──▶ a page that asks for it; 401, 429
             ──▶ queue full or closing ──▶ 503 with Retry-After
-            ──▶ body over its limit ──▶ 413; naming a file that was not uploaded ──▶ 400
+            ──▶ body over its limit ──▶ 413; naming a file that was not uploaded, or no endpoint ──▶ 400
+            ──▶ no place in the queue for its pictures ──▶ 503; no room for its upload ──▶ 507
             ──▶ app ──▶ the client leaves before its answer is complete ──▶ what it waited for leaves the queue
 
 Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that streams pass through as they come.
@@ -13,67 +14,40 @@ Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html), so that stre
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs
+from weakref import WeakValueDictionary
 
-from captioner import payloads
+from captioner import bodies, payloads, tools
+from captioner.answers import DirectAnswer, Unfetched, send_events
+from captioner.calls import Calls, pictures, require_call, unknown_call
+from captioner.door import Door
 from captioner.errors import ServiceBusyError, ServiceError
-from captioner.exchange import API, App, Exchange, Message, Receive, Refusal, Scope, Send, path_of, route_of
-from captioner.logins import Logins
-from captioner.service import ServiceLimits
-from captioner.telemetry import CONTENT_TYPE, OTHER, Telemetry
+from captioner.exchange import App, Exchange, Message, Receive, Refusal, Scope, Send, path_of
+from captioner.logins import Logins, user_of
+from captioner.requests import Place
+from captioner.routes import HEALTH, OTHER, WORK, label_of, require_served, require_tool
+from captioner.telemetry import CONTENT_TYPE
+from captioner.uploads import UploadSpace
 
-JSON_LIMIT = 2 * 2**20
-MULTIPART_BYTES = 64 * 2**10
-"""Room for the heads between the files of an upload."""
-BUFFER_LIMIT = 64 * 2**20
-"""Bytes of all JSON bodies that are being read at a time."""
-BODY_TIMEOUT_S = 30.0
 RETRY_S = 5
+UNFETCHED_S = 300.0
+"""How much longer than its time limit a call's answer is kept for a client that does not fetch it."""
 CALL = "captioner.call"
 """In the scope of a request that is answered directly: a name of it, with which `leave` is called."""
+PLACE = "captioner.place"
+"""In the scope of a request that asks for work: its `captioner.requests.Place` in the queue."""
 
-# Routes that ask for work: the first part after the prefix. Their bodies are read before the app sees them.
-_WORK = {"call", "run", "api", "queue/join", "mcp"}
-# Other routes to which something may be sent.
-_SENT = {"upload", "cancel", "reset", "login"}
-# Routes of Gradio that would fetch from elsewhere, run tools, or change the page.
-_CLOSED_READS = {"proxy", "stream", "custom_component", "deep_link", "vibe-code", "profiling", "runs", "run-history"}
-
-
-class _Stopped(Exception):  # noqa: N818  # no fault: it only leaves the app
-    """The body is not read any further."""
-
-
-class Door(Protocol):
-    """What the middleware asks before it lets a request in; `captioner.service.Service` has it."""
-
-    limits: ServiceLimits
-    telemetry: Telemetry
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken and the model answers."""
-
-    def refusal(self) -> ServiceError | None:
-        """Return the error with which a request would be refused now; None when it would be taken."""
-
-
-class OpenDoor:
-    """Before a page without a service: lets everyone in, within the usual limits of size."""
-
-    ready = True
-
-    def __init__(self) -> None:
-        self.limits, self.telemetry = ServiceLimits(), Telemetry()
-
-    def refusal(self) -> None:
-        """Refuse nobody."""
+_THREAD_BYTES = 64 * 2**10
+_NAME_BYTES = 1000
+# Gradio's errors of a call that asks for what is not there; one is its own, and cannot be imported here.
+_UNKNOWN = {"KeyError", "TypeError", "FnIndexInferError"}
 
 
 class ServiceMiddleware:
@@ -84,12 +58,14 @@ class ServiceMiddleware:
         service: says when it is full, closing or broken, and counts.
         uploads: the folder of uploaded files, `GRADIO_TEMP_DIR`.
         endpoints: names of the page's API endpoints, as the metrics may show them; others are counted as "other".
+        calls: what can be called, and with how many values; None leaves that to what is behind.
         max_body_bytes: the most bytes of an upload with all its files; default: one file of the service's limit.
         users: names and passwords, of which tools must send one pair by HTTP Basic authentication (RFC 7617): behind
             this, Gradio asks for a login everywhere but there. None lets everyone in.
         known: tells from a request's cookies whether its sender has logged in; those who have not see a page that
             asks for it. Without it they see what is behind.
         forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
+        give_up: called with the session and the id of a call whose answer nobody fetches.
         leave: called with a name of what nobody waits for any more: the id of a call that was cancelled or whose client
             left, the session of a page that was closed, or `CALL` of a request.
     """
@@ -101,21 +77,29 @@ class ServiceMiddleware:
         service: Door,
         uploads: str | Path,
         endpoints: Iterable[str] = (),
+        calls: Calls | None = None,
         max_body_bytes: int | None = None,
         users: Iterable[tuple[str, str]] | None = None,
         known: Callable[[str], bool] | None = None,
         forget: Callable[[str], None] | None = None,
         leave: Callable[[str], None] | None = None,
+        give_up: Callable[[str, str], None] | None = None,
     ) -> None:
         self.app = app
-        self.forget, self.leave = forget, leave
-        self.service = service
+        self.forget, self.leave = forget, leave or _nobody
+        self.service, self.calls = service, calls
         self.uploads = Path(uploads)
         self.endpoints = frozenset(name.strip("/") for name in endpoints)
-        self.max_body_bytes = max_body_bytes or service.limits.max_upload_bytes + MULTIPART_BYTES
+        limits = service.limits
+        self.max_body_bytes = max_body_bytes or limits.max_upload_bytes + bodies.MULTIPART_BYTES
         # A picture may stand in a call of a tool as text, four characters for three bytes.
-        self.max_tool_bytes = service.limits.max_upload_bytes * 4 // 3 + JSON_LIMIT
-        self._buffered_bytes = 0
+        self.max_tool_bytes = limits.max_upload_bytes * 4 // 3 + bodies.JSON_LIMIT
+        self.buffers = bodies.Buffers(self.max_tool_bytes)
+        self.space = UploadSpace(self.uploads, most_bytes=limits.max_uploads_bytes, kept_s=2 * limits.timeout_s)
+        self.unfetched = Unfetched(give_up or _nobody, kept_s=limits.timeout_s + UNFETCHED_S)
+        self._tools = tools.ToolCalls()
+        # Of calls that Gradio has not begun, which it never will when they are cancelled.
+        self._places: WeakValueDictionary[str, Place] = WeakValueDictionary()
         self._logins = Logins(users, known=known)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +110,8 @@ class ServiceMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, label=self._label(scope))
+        self.unfetched.sweep()
+        exchange = Exchange(scope, receive, send, label=label_of(path_of(scope), self.endpoints))
         # A heartbeat is as long as a page is looked at, and a tool may listen as long as it lives.
         endless = exchange.label == "heartbeat" or (exchange.label == "mcp" and exchange.method == "GET")
         counted = 0 if endless else 1
@@ -135,6 +120,9 @@ class ServiceMiddleware:
             await self._answer(exchange)
         except Refusal as refusal:
             await exchange.refuse(refusal)
+        except Exception:
+            exchange.status = exchange.status or 500
+            raise
         finally:
             self.service.telemetry.http_open.add(-counted)
             self._note(exchange)
@@ -142,44 +130,53 @@ class ServiceMiddleware:
     # --- The way of a request ---
 
     async def _answer(self, exchange: Exchange) -> None:
-        path, method = exchange.path, exchange.method
-        if path in ("/healthz", "/readyz", "/metrics"):
+        if exchange.path in HEALTH:
             await self._say_health(exchange)
             return
-        route = route_of(path)
-        self._require_served(route, path, method)
+        route = require_served(exchange, self.uploads)
         if route == "mcp":
             self._logins.require_key(exchange)
+            require_tool(exchange)
         if self._logins.asks(exchange):
             await self._logins.show(exchange)
             return
-        if method in ("GET", "HEAD", "OPTIONS"):
-            try:
-                await self.app(exchange.scope, exchange.receive, exchange.send)
-            finally:
-                if method == "GET":
-                    self._end_answer(exchange)
+        if exchange.method in ("GET", "HEAD", "OPTIONS"):
+            await self._hand_on_question(exchange)
             return
-        if route in _WORK or route == "upload":
+        if route not in ("mcp", "login"):
+            self._logins.require_known(exchange)
+        if route in WORK or route == "upload":
             self._require_admission()
-        if route in _WORK or route == "cancel":
-            await self._hand_on_checked(exchange, self.max_tool_bytes if route == "mcp" else JSON_LIMIT)
+        if route in WORK or route == "cancel":
+            await self._hand_on_work(exchange, route)
         elif route == "login":
             await self._hand_on_guess(exchange)
+        elif route == "upload":
+            length = bodies.require_length(exchange, self.max_body_bytes)
+            async with self.space.upload(exchange, length or self.max_body_bytes) as count:
+                await bodies.hand_on(self.app, exchange, self.max_body_bytes, count=count)
         else:
-            await self._hand_on_limited(exchange, self.max_body_bytes if route == "upload" else JSON_LIMIT)
+            await bodies.hand_on(self.app, exchange, bodies.JSON_LIMIT)
 
-    def _end_answer(self, exchange: Exchange) -> None:
-        """Say of a stream of answers that it has ended. Of one that broke off nothing can be fetched any more."""
-        call = exchange.path.rstrip("/").rpartition("/")[2] if exchange.label.endswith("/answer") else None
-        if self.leave and (exchange.left or not exchange.finished):
-            sessions = [call] if call else []
-            if exchange.label == "queue/data":
-                sessions = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1")).get("session_hash", [])
-            for name in sessions:
-                self.leave(name)
-        if self.forget and call:
-            self.forget(call)
+    async def _hand_on_question(self, exchange: Exchange) -> None:
+        """Hand on what has no body; of a stream of answers mind who listens, and when it ends."""
+        call, session = _listened_to(exchange)
+        send = functools.partial(send_events, exchange) if call else exchange.send
+        try:
+            with self.unfetched.listening(call or session or ""):
+                await self.app(exchange.scope, exchange.receive, send)
+        finally:
+            # Of one that broke off nothing can be fetched any more.
+            if (call or session) and (exchange.left or not exchange.finished):
+                self._leave(call or session)
+            if self.forget and call:
+                self.forget(call)
+
+    def _leave(self, name: str) -> None:
+        """Say of a call, or a page, that nobody waits for it any more."""
+        self.leave(name)
+        if (place := self._places.pop(name, None)) is not None:
+            place.drop()
 
     async def _say_health(self, exchange: Exchange) -> None:
         if exchange.method not in ("GET", "HEAD"):
@@ -193,117 +190,116 @@ class ServiceMiddleware:
         else:
             raise Refusal(503, "NotReady", "closing, or the model does not answer", RETRY_S)
 
-    def _require_served(self, route: str | None, path: str, method: str) -> None:
-        if method in ("GET", "HEAD"):
-            # The file route fetches what is an address.
-            file = path.partition(f"{API}/file")[2].lstrip("=/")
-            elsewhere = route == "file" and not payloads.is_upload(f"/{file.lstrip('/')}", self.uploads)
-            if route in _CLOSED_READS or elsewhere:
-                raise Refusal(404, "NotFound", "nothing is served here")
-        elif method != "OPTIONS" and (method not in ("POST", "DELETE") or route not in _WORK | _SENT):
-            raise Refusal(404, "NotFound", "nothing is served here")
-
     def _require_admission(self) -> None:
         error: ServiceError | None = self.service.refusal()
         if error is not None:
-            seconds = error.retry_after_s if isinstance(error, ServiceBusyError) else RETRY_S
-            raise Refusal(503, type(error).__name__, str(error), seconds)
+            raise _refused(error)
 
     async def _hand_on_guess(self, exchange: Exchange) -> None:
         """Hand a login on; it is a guess until it is found to be right, or no login at all."""
-        self._logins.begin(exchange)
+        async with bodies.whole(exchange, bodies.LOGIN_LIMIT, self.buffers) as form:
+            if form is None:
+                return
+        user = user_of(form)
+        self._logins.begin(exchange, user)
         try:
-            await self._hand_on_limited(exchange, JSON_LIMIT)
+            await self.app(exchange.scope, _replayed(form, exchange.receive), exchange.send)
         finally:
             if exchange.status != 400:  # with which Gradio says that name or password is wrong
-                self._logins.forgive(exchange)
+                self._logins.forgive(exchange, user)
 
-    async def _hand_on_limited(self, exchange: Exchange, limit: int) -> None:
-        """Hand the body on as it comes, and end the request where it grows over its limit."""
-        _require_length(exchange, limit)
-        left, more = limit, True
-        refusal: Refusal | None = None
+    # --- Work ---
 
-        async def receive() -> Message:
-            nonlocal left, more, refusal
-            if not more:  # what comes now is the client's leaving, whenever that is
-                return await exchange.receive()
-            try:
-                message = await exchange.next_part(BODY_TIMEOUT_S)
-                left -= len(message.get("body", b""))
-                more = message["type"] == "http.request" and bool(message.get("more_body", False))
-                if left < 0:
-                    raise _too_large(limit)
-            except Refusal as err:
-                refusal = err
-                raise _Stopped from err
-            return message
-
-        async def send(message: Message) -> None:
-            if refusal is None:  # what the app says of a body that was cut off is of no interest
-                await exchange.send(message)
-
+    async def _hand_on_work(self, exchange: Exchange, route: str | None) -> None:
+        """Read the whole body, check it, take places in the queue, and hand it on."""
+        limit = self.max_tool_bytes if route == "mcp" else bodies.JSON_LIMIT
+        async with bodies.whole(exchange, limit, self.buffers) as given:
+            if given is None:
+                return
+            value, body = await self._checked(exchange, route, given)
+        if route == "cancel":
+            self._leave(str(value.get("event_id")) if isinstance(value, dict) else "")
+            await self.app(exchange.scope, _replayed(body, exchange.receive), exchange.send)
+            return
+        place = self._reserved(exchange, route, value)
+        # What a tool is told over a stream of its own is answered later, as a call is.
+        direct = route == "run" or (route == "mcp" and not exchange.path.rstrip("/").endswith("/messages"))
+        answer = _Answer(exchange, DirectAnswer(exchange).send if route == "run" else exchange.send)
         try:
-            await self.app(exchange.scope, receive, send)
-        except Exception:
-            if refusal is None:
+            async with self._named(exchange, route, value, direct=direct) as leaving:
+                await self.app(exchange.scope, _replayed(body, leaving), answer.send)
+        except Exception as err:
+            # So Gradio says that a call by names has a name too many or too few, or asks for what is not there.
+            if exchange.status is not None or route == "mcp" or type(err).__name__ not in _UNKNOWN:
                 raise
-        if refusal is not None:
-            raise refusal
-
-    async def _hand_on_checked(self, exchange: Exchange, limit: int) -> None:
-        """Read the whole body, check it, and hand it on."""
-        _require_length(exchange, limit)
-        body = bytearray()
-        try:
-            more = exchange.method == "POST"
-            while more:
-                message = await exchange.next_part(BODY_TIMEOUT_S)
-                if message["type"] == "http.disconnect":
-                    return
-                part = message.get("body", b"")
-                body += part
-                self._buffered_bytes += len(part)
-                if len(body) > limit:
-                    raise _too_large(limit)
-                if self._buffered_bytes > BUFFER_LIMIT:
-                    raise Refusal(503, "ServiceBusyError", "too many large requests at once; try again", RETRY_S)
-                more = message.get("more_body", False)
-            value = self._check(exchange, bytes(body))
-            whole = bytes(body)
+            raise unknown_call() from err
         finally:
-            self._buffered_bytes -= len(body)
-        route = route_of(exchange.path)
-        if self.leave and route == "cancel" and isinstance(value, dict):
-            self.leave(str(value.get("event_id")))
-        handed = False
+            if direct or exchange.status != 200:
+                place.drop()
+        if route in ("call", "queue/join") and (call := answer.event()):
+            session = value.get("session_hash") if isinstance(value, dict) else None
+            self.unfetched.note(call, session if isinstance(session, str) else None)
+            self._places[call] = place
 
-        async def receive() -> Message:
-            nonlocal handed, whole
-            if handed:
-                return await leaving()
-            handed, part, whole = True, whole, b""
-            return {"type": "http.request", "body": part, "more_body": False}
-
+    async def _checked(self, exchange: Exchange, route: str | None, body: bytes) -> tuple[Any, bytes]:
+        """Return the value that a body holds, and the body as it may be handed on."""
+        if exchange.method != "POST":
+            return None, body
+        if exchange.header("content-type").split(";")[0].strip().lower() == "multipart/form-data":
+            raise Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
         try:
-            async with self._watched(exchange, direct=route in ("run", "api")) as leaving:
-                await self.app(exchange.scope, receive, exchange.send)
-        except (KeyError, TypeError) as err:
-            # So Gradio says that a call by names has a name too many or too few, or asks for no endpoint.
-            if exchange.status is not None or not exchange.path.startswith(f"{API}/call/v2/"):
-                raise
-            raise Refusal(400, "BadRequest", f"no such endpoint or argument; {API}/info lists them") from err
+            # Nobody else is answered while a large body is looked at in this thread.
+            if len(body) > _THREAD_BYTES:
+                value, body = await asyncio.to_thread(self._look, route, body)
+            else:
+                value, body = self._look(route, body)
+        except payloads.RefusedPayloadError as err:
+            raise Refusal(400, "RefusedPayload", str(err)) from err
+        if self.calls is not None:
+            require_call(route, exchange.path, value, self.calls)
+        return value, body
+
+    def _look(self, route: str | None, body: bytes) -> tuple[Any, bytes]:
+        value = payloads.parse(body)
+        changed = payloads.check(
+            tools.arguments(value) if route == "mcp" else value,
+            uploads=self.uploads,
+            strings=route == "mcp",
+            most_files=max(payloads.FILES_LIMIT, self.service.limits.max_queue),
+        )
+        return value, json.dumps(value).encode() if changed else body
+
+    def _reserved(self, exchange: Exchange, route: str | None, value: Any) -> Place:
+        """Take a place in the queue for every picture that a request brings."""
+        count = pictures(route, exchange.path, value) if exchange.method == "POST" else 0
+        if count > self.service.limits.max_queue:
+            count = 1  # who is let in with more than ever fits is told so
+        try:
+            place = self.service.reserve(count) if count else Place()
+        except ServiceError as err:
+            raise _refused(err) from err
+        exchange.scope[PLACE] = place
+        return place
 
     @asynccontextmanager
-    async def _watched(self, exchange: Exchange, *, direct: bool) -> AsyncIterator[Receive]:
-        """Watch for the leaving of a client who waits for the answer of this very request; yield what waits for it."""
-        if not direct or self.leave is None:
+    async def _named(
+        self, exchange: Exchange, route: str | None, value: Any, *, direct: bool
+    ) -> AsyncIterator[Receive]:
+        """Name work that is answered in this very request, and watch for the leaving of its client."""
+        if route == "mcp":
+            name = exchange.scope[CALL] = self._tools.begin(exchange, value, self.leave)
+            try:
+                yield exchange.receive  # its protocol takes a client's leaving for no cancellation
+            finally:
+                if direct:
+                    self._tools.end(exchange, value, name)
+            return
+        if not direct:
             yield exchange.receive
             return
         name = exchange.scope[CALL] = secrets.token_hex(16)
         gone = asyncio.create_task(_disconnected(exchange))
-        leave = self.leave
-        gone.add_done_callback(lambda task: None if task.cancelled() or task.exception() else leave(name))
+        gone.add_done_callback(lambda task: None if task.cancelled() or task.exception() else self.leave(name))
 
         async def leaving() -> Message:
             return await asyncio.shield(gone)
@@ -313,42 +309,13 @@ class ServiceMiddleware:
         finally:
             gone.cancel()
 
-    def _check(self, exchange: Exchange, body: bytes) -> Any:
-        """Return the value that a body holds."""
-        if exchange.method != "POST":
-            return None
-        if exchange.header("content-type").split(";")[0].strip().lower() == "multipart/form-data":
-            raise Refusal(415, "UnsupportedMediaType", "send JSON here, files to the upload route")
-        try:
-            value = payloads.parse(body)
-            tools = route_of(exchange.path) == "mcp"
-            payloads.check(
-                _arguments(value) if tools else value, uploads=self.uploads, hosts=exchange.hosts(), strings=tools
-            )
-        except payloads.RefusedPayloadError as err:
-            raise Refusal(400, "RefusedPayload", str(err)) from err
-        return value
-
     # --- What is noted ---
-
-    def _label(self, scope: Scope) -> str:
-        """Return the name of a request's endpoint, of which there are few."""
-        path = path_of(scope)
-        if path in ("/", "/healthz", "/readyz", "/metrics"):
-            return path
-        route = route_of(path)
-        if route is None:
-            return "page"
-        if route in ("call", "run", "api"):
-            parts = path.removeprefix(f"{API}/{route}/").removeprefix("v2/").split("/")
-            name = parts[0] if parts[0] in self.endpoints else OTHER
-            answer = "/answer" if len(parts) > 1 and parts[1] else ""
-            return f"{route}/{name}{answer}"
-        return route if route in _WORK | _SENT | {"queue/data", "file", "heartbeat"} else OTHER
 
     def _note(self, exchange: Exchange) -> None:
         telemetry = self.service.telemetry
         status = exchange.status or 499  # the client left before there was an answer
+        if exchange.error is None and status >= 500:
+            exchange.error = "Other"
         telemetry.http_requests.add(endpoint=exchange.label, status=status)
         telemetry.http_seconds.observe(exchange.seconds(), endpoint=exchange.label)
         if exchange.error is not None:
@@ -363,28 +330,24 @@ class ServiceMiddleware:
         )
 
 
-def wait_for_answers(telemetry: Telemetry, *, timeout_s: float = 5.0, quiet_s: float = 0.5) -> bool:
-    """Wait until those who have been let in have their answers: after `Service.drain`, before anything is closed.
+class _Answer:
+    """Passes the answer to a call on, and reads in it how the call is named."""
 
-    Gradio drops the answers of its queue when it is closed; and a client asks for an answer some time after the call.
+    def __init__(self, exchange: Exchange, send: Send) -> None:
+        self._exchange, self._send, self._said = exchange, send, b""
 
-    Args:
-        telemetry: of the service.
-        timeout_s: how long to wait at most.
-        quiet_s: for how long no request must be open.
+    async def send(self, message: Message) -> None:
+        self._said = (self._said + message.get("body", b""))[:_NAME_BYTES]
+        await self._send(message)
 
-    Returns:
-        Whether it became quiet.
-    """
-    end_s = time.monotonic() + timeout_s
-    quiet_since_s = time.monotonic()
-    while (now_s := time.monotonic()) < end_s:
-        if telemetry.http_open.value() > 0:
-            quiet_since_s = now_s
-        elif now_s - quiet_since_s >= quiet_s:
-            return True
-        time.sleep(0.02)
-    return False
+    def event(self) -> str | None:
+        """Return the id of the call; None where it was refused."""
+        if self._exchange.status != 200:
+            return None
+        try:
+            return str(json.loads(self._said)["event_id"])
+        except (ValueError, LookupError, TypeError):
+            return None
 
 
 async def _disconnected(exchange: Exchange) -> Message:
@@ -393,19 +356,32 @@ async def _disconnected(exchange: Exchange) -> Message:
     return message
 
 
-def _arguments(value: Any) -> Any:
-    """Return what a call of a tool hands over; the rest of such a message names no file."""
-    calls = value if isinstance(value, list) else [value]
-    return [call.get("params") for call in calls if isinstance(call, dict) and call.get("method") == "tools/call"]
+def _replayed(body: bytes, then: Receive) -> Receive:
+    """Return what gives a body that was read once more, and after it what comes."""
+    given: list[bytes] = [body]
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": given.pop(), "more_body": False} if given else await then()
+
+    return receive
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, "TooLarge", f"the body is over the limit of {limit} bytes; send a smaller picture")
+def _listened_to(exchange: Exchange) -> tuple[str, str]:
+    """Return the call whose answer is asked for, and the session whose answers are; nothing where there is none."""
+    if exchange.method != "GET":
+        return "", ""
+    if exchange.label.endswith("/answer"):
+        return exchange.path.rstrip("/").rpartition("/")[2], ""
+    if exchange.label == "queue/data":
+        query = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1"))
+        return "", query.get("session_hash", [""])[0]
+    return "", ""
 
 
-def _require_length(exchange: Exchange, limit: int) -> None:
-    length = exchange.header("content-length")
-    if length and (not length.isascii() or not length.isdecimal()):
-        raise Refusal(400, "BadRequest", "Content-Length must be a number")
-    if length and (len(length) > 15 or int(length) > limit):
-        raise _too_large(limit)
+def _refused(error: ServiceError) -> Refusal:
+    seconds = error.retry_after_s if isinstance(error, ServiceBusyError) else RETRY_S
+    return Refusal(503, type(error).__name__, str(error), seconds)
+
+
+def _nobody(*names: str) -> None:
+    """Tell nobody who waits no more."""

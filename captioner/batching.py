@@ -48,6 +48,7 @@ class Ticket:
     Args:
         deadline_s: when its items must be answered, on the clock of `time.monotonic`.
         coming: items that were admitted and are not put in yet.
+        held: places that are kept for items nobody works at yet.
         turn: of the item that was put in last.
         items: put in and not answered.
         expired: whether the deadline has passed.
@@ -56,6 +57,7 @@ class Ticket:
     deadline_s: float
     coming: int
     turn: int = 0
+    held: int = 0
     items: set[Item] = field(default_factory=set)
     expired: bool = False
 
@@ -158,11 +160,12 @@ class Batcher:
             )
         return None
 
-    def admit(self, count: int) -> Ticket:
+    def admit(self, count: int, *, held: bool = False) -> Ticket:
         """Reserve places for all of so many items, or for none.
 
         Args:
             count: how many items will be put in, at least 1.
+            held: whether nobody works at them yet: the model does not wait for them, and `take` comes before `put`.
 
         Returns:
             The ticket; `release` it when all that is to come has been put in.
@@ -175,13 +178,36 @@ class Batcher:
         with self._lock:
             if (error := self.refusal(count)) is not None:
                 raise error
-            ticket = Ticket(time.monotonic() + self._timeout_s, count, self._turn)
+            ticket = Ticket(time.monotonic() + self._timeout_s, 0, self._turn, count)
             self._waiting += count
-            self._coming += count
+            if not held:
+                self._begin(ticket, count)
             self._tickets[ticket] = None
             if len(self._tickets) == 1:
                 self._alarm.notify()
         return ticket
+
+    def take(self, ticket: Ticket, count: int) -> None:
+        """Begin to work at what a ticket holds places for.
+
+        Args:
+            ticket: that was admitted as held.
+            count: how many items will be put in, which may be more or fewer than it has places.
+
+        Raises:
+            ServiceBusyError: when there are not so many places.
+            ServiceTimeoutError: when the ticket has run out of time.
+            ServiceClosedError: when the service was closed meanwhile.
+            ServiceError: when it has failed.
+        """
+        with self._lock:
+            if ticket.expired:
+                raise self._timeout()
+            more = count - ticket.held
+            if (self._failure is not None or self._stopped or more > 0) and (error := self.refusal(more)) is not None:
+                raise error
+            self._waiting += more
+            self._begin(ticket, count)
 
     def release(self, ticket: Ticket) -> None:
         """Give the places back that a ticket has not used.
@@ -190,9 +216,9 @@ class Batcher:
             ticket: into which nothing more is put.
         """
         with self._lock:
-            self._waiting -= ticket.coming
+            self._waiting -= ticket.coming + ticket.held
             self._coming -= ticket.coming
-            ticket.coming = 0
+            ticket.coming = ticket.held = 0
             self._forget_if_done(ticket)
             self._work.notify()
 
@@ -238,7 +264,7 @@ class Batcher:
         """
         with self._lock:
             self._closing = True
-            self._empty.wait_for(lambda: not self._tickets or self._failure is not None, timeout=max(0.0, drain_s))
+            self._empty.wait_for(lambda: self._idle() or self._failure is not None, timeout=max(0.0, drain_s))
             self._stopped = True
             left = self._claim(item for ticket in [*self._tickets] for item in [*ticket.items])
             self._work.notify_all()
@@ -250,6 +276,14 @@ class Batcher:
                 thread.join(_JOIN_S)
 
     # --- Under the lock ---
+
+    def _begin(self, ticket: Ticket, count: int) -> None:
+        ticket.held, ticket.coming = 0, count
+        self._coming += count
+
+    def _idle(self) -> bool:
+        """Return whether nobody works at anything."""
+        return all(ticket.held for ticket in self._tickets)
 
     def _timeout(self) -> ServiceTimeoutError:
         return ServiceTimeoutError(
@@ -277,9 +311,9 @@ class Batcher:
         return claimed
 
     def _forget_if_done(self, ticket: Ticket) -> None:
-        if not ticket.items and not ticket.coming:
+        if not ticket.items and not ticket.coming and not ticket.held:
             self._tickets.pop(ticket, None)
-            if not self._tickets:
+            if self._idle():
                 self._empty.notify_all()
 
     def _next_batch(self) -> list[tuple[Item, Any]]:
@@ -336,7 +370,7 @@ class Batcher:
                 self._empty.notify_all()
                 self._work.notify_all()
                 self._alarm.notify_all()
-            self._telemetry.write("failed", error=type(err).__name__, where=_where(err))
+            self._telemetry.write("failed", error=type(err).__name__, where=where(err))
             for item in left:
                 fault = ServiceError(f"the service has failed ({type(err).__name__}); start it again")
                 fault.__cause__ = err
@@ -373,7 +407,7 @@ class Batcher:
                 _answer(item, outcome)
 
     def _fault(self, err: Exception) -> ServiceError:
-        self._telemetry.write("fault", error=type(err).__name__, where=_where(err))
+        self._telemetry.write("fault", error=type(err).__name__, where=where(err))
         fault = ServiceError(f"the model failed on this request ({type(err).__name__}); the log says where")
         fault.__cause__ = err
         return fault
@@ -399,6 +433,8 @@ class Batcher:
                     continue
                 ticket.expired = True
                 self._tickets.pop(ticket)
+                self._waiting -= ticket.held
+                ticket.held = 0
                 late = self._claim([*ticket.items])
             for item in late:
                 _answer(item, self._timeout())
@@ -416,7 +452,7 @@ def _answer(item: Item, outcome: Any) -> None:
         item.future.set_result(outcome)
 
 
-def _where(err: BaseException) -> str:
+def where(err: BaseException) -> str:
     """Return file and line of a fault: its message may quote what a user sent, and does not go into the log."""
     frames = traceback.extract_tb(err.__traceback__)
     return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "unknown"

@@ -10,13 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from captioner.terminal import Model, reports_errors
+from captioner.terminal import Device, Model, Runtime, Threads, reports_errors
 
 
 @reports_errors
 def serve(
     *,
     model: Model = None,
+    device: Device = "auto",
+    runtime: Runtime = "auto",
+    threads: Threads = None,
     compare: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Show this model beside it; may be repeated.")
     ] = None,
@@ -38,7 +41,16 @@ def serve(
     auth_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Ask for a login; one USER:PASSWORD a line.")
     ] = None,
+    trust_proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS[,ADDRESS...]",
+            help="Believe these proxies, addresses or networks, whom a request comes from.  [default: "
+            "FORWARDED_ALLOW_IPS, or nobody]",
+        ),
+    ] = None,
     max_upload_mb: Annotated[int, typer.Option(help="The most MiB of a picture's file.")] = 20,
+    max_uploads_mb: Annotated[int, typer.Option(help="The most MiB of all uploads that are kept at a time.")] = 1024,
     max_pixels: Annotated[int, typer.Option(help="The most pixels of a picture, height times width.")] = 50_000_000,
     max_queue: Annotated[int, typer.Option(help="Pictures that may wait; more are refused with status 503.")] = 256,
     timeout_s: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 60.0,
@@ -54,14 +66,22 @@ def serve(
 
     settings = ServeSettings(
         model=model,
+        device=device,
+        runtime=runtime,
+        threads=threads,
         compare=tuple(compare or ()),
         # A platform that runs this says by these variables where it expects the page.
         host=os.getenv("GRADIO_SERVER_NAME", "127.0.0.1") if host is None else host,
         port=os.getenv("GRADIO_SERVER_PORT", "7860") if port is None else port,
         users=read_users(auth, auth_file),
         limits=ServiceLimits(
-            max_upload_bytes=max_upload_mb * 2**20, max_pixels=max_pixels, max_queue=max_queue, timeout_s=timeout_s
+            max_upload_bytes=max_upload_mb * 2**20,
+            max_uploads_bytes=max_uploads_mb * 2**20,
+            max_pixels=max_pixels,
+            max_queue=max_queue,
+            timeout_s=timeout_s,
         ),
+        trust_proxy=os.getenv("FORWARDED_ALLOW_IPS", "") if trust_proxy is None else trust_proxy,
         mcp=mcp,
         log=log,
         log_captions=log_captions,

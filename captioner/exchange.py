@@ -5,10 +5,10 @@ Pure ASGI 3 (https://asgi.readthedocs.io/en/stable/specs/www.html).
 
 from __future__ import annotations
 
-import asyncio
+import ipaddress
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -67,12 +67,6 @@ class Exchange:
         client = self.scope.get("client")
         return str(client[0]) if client else ""
 
-    def hosts(self) -> Collection[str]:
-        """Return the names under which the client knows this server."""
-        forwarded = [name.strip() for name in self.header("x-forwarded-host").split(",")]
-        origin = self.header("origin").partition("://")[2]
-        return {name for name in (self.header("host"), origin, *forwarded) if name}
-
     async def receive(self) -> Message:
         """Wait for what the client sends, or for its leaving."""
         message = await self._receive()
@@ -86,13 +80,6 @@ class Exchange:
             self.status = int(message["status"])
         await self._send(message)
         self.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
-
-    async def next_part(self, timeout_s: float) -> Message:
-        """Wait for the next part of the body, not for ever."""
-        try:
-            return await asyncio.wait_for(self.receive(), timeout_s)
-        except TimeoutError as err:
-            raise Refusal(408, "RequestTimeout", "the body did not come in time") from err
 
     async def respond(self, status: int, body: bytes, content_type: str, *more: tuple[bytes, bytes]) -> None:
         """Send a whole answer."""
@@ -117,12 +104,30 @@ class Exchange:
         more: list[tuple[bytes, bytes]] = []
         if refusal.retry_after_s is not None:
             more.append((b"retry-after", str(refusal.retry_after_s).encode()))
-        if refusal.status == 401:
+        if refusal.status == 401 and self.label == "mcp":  # a browser would ask with a window of its own
             more.append((b"www-authenticate", b'Basic realm="captioner", charset="UTF-8"'))
         if refusal.status in (408, 413):
             more.append((b"connection", b"close"))  # the rest of the body is not read
         error = {"type": refusal.kind, "message": refusal.message}
         await self.respond_json(refusal.status, {"error": error}, *more)
+
+
+def neighbourhood(address: str) -> str:
+    """Return whose an address is, as far as limits go.
+
+    Args:
+        address: of a client.
+
+    Returns:
+        The address, or of one in IPv6 the network of a single customer, who has 2**64 addresses.
+    """
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed, 64), strict=False))
 
 
 def path_of(scope: Scope) -> str:

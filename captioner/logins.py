@@ -1,26 +1,31 @@
-"""Who may come in: the page that asks for name and password, keys of tools, and how many guesses an address has.
+"""Who may come in: the page that asks for name and password, keys of tools, and how many guesses there are.
 
-wrong password or key ──▶ counted for the address it came from ──▶ the next one over the limit: 429 with Retry-After
+wrong password or key ──▶ counted for its address and its name ──▶ the next one over a limit: 429 with Retry-After
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
-import ipaddress
 import math
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from urllib.parse import parse_qs
 
-from captioner.exchange import Exchange, Refusal
+from captioner.exchange import Exchange, Refusal, neighbourhood
 from captioner.page import read
 
 GUESSES = 10
 """Wrong passwords that an address may send within the window."""
+NAME_GUESSES = 100
+"""Wrong passwords for one name, from all addresses together: more, so that one address keeps nobody out."""
 WINDOW_S = 300.0
 ADDRESSES_LIMIT = 10_000
-"""Addresses that are remembered at a time; the one that guessed longest ago goes first."""
+"""Addresses, and names, that are remembered at a time; the one that guessed longest ago goes first."""
+
+_USERNAME = re.compile(r'name="username"\r\n\r\n(.*?)\r\n', re.IGNORECASE)
 
 
 class Guesses:
@@ -47,7 +52,7 @@ class Guesses:
         Returns:
             None when it may be looked at; otherwise the seconds until the next one may.
         """
-        now_s, name = self._clock(), _neighbourhood(address)
+        now_s, name = self._clock(), neighbourhood(address)
         times_s = self._times_s.setdefault(name, deque())
         while times_s and times_s[0] <= now_s - self._window_s:
             times_s.popleft()
@@ -65,22 +70,11 @@ class Guesses:
         Args:
             address: where it came from.
         """
-        name = _neighbourhood(address)
+        name = neighbourhood(address)
         if times_s := self._times_s.get(name):
             times_s.pop()
             if not times_s:
                 del self._times_s[name]
-
-
-def _neighbourhood(address: str) -> str:
-    """Return the address, or of one in IPv6 the network of a single customer, who has 2**64 addresses."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed, 64), strict=False))
 
 
 class Logins:
@@ -102,7 +96,7 @@ class Logins:
     ) -> None:
         self._keys = None if users is None else [base64.b64encode(":".join(user).encode()) for user in users]
         self._known = known
-        self._guesses = guesses or Guesses()
+        self._guesses, self._names = guesses or Guesses(), Guesses(most=NAME_GUESSES)
 
     def asks(self, exchange: Exchange) -> bool:
         """Return whether the page that asks for a login stands in the place of the one that was asked for."""
@@ -110,29 +104,50 @@ class Logins:
             return False
         return exchange.method in ("GET", "HEAD") and not self._known(exchange.header("cookie"))
 
-    async def show(self, exchange: Exchange) -> None:
-        """Answer with the page that asks for a login."""
-        await exchange.respond(200, read("login.html").encode(), "text/html; charset=utf-8")
-
-    def begin(self, exchange: Exchange) -> None:
-        """Count a guess.
+    def require_known(self, exchange: Exchange) -> None:
+        """Ask for a login before anything is read of what a stranger sends.
 
         Args:
             exchange: that brings it.
 
         Raises:
-            Refusal: 429, when the address had too many.
+            Refusal: 401.
+        """
+        if self._keys is not None and self._known is not None and not self._known(exchange.header("cookie")):
+            raise Refusal(401, "NotAuthenticated", "log in first")
+
+    async def show(self, exchange: Exchange) -> None:
+        """Answer with the page that asks for a login."""
+        await exchange.respond(200, read("login.html").encode(), "text/html; charset=utf-8")
+
+    def begin(self, exchange: Exchange, user: str) -> None:
+        """Count a guess.
+
+        Args:
+            exchange: that brings it.
+            user: whose password is guessed.
+
+        Raises:
+            Refusal: 429, when the address had too many, or the name.
         """
         if self._keys is None:
             return
         seconds = self._guesses.enter(exchange.address())
+        if seconds is None:
+            seconds = self._names.enter(user)
         if seconds is not None:
             wait = f"{math.ceil(seconds / 60)} minutes" if seconds > 100 else f"{seconds} s"
             raise Refusal(429, "TooManyGuesses", f"Too many wrong passwords; try again in {wait}.", seconds)
 
-    def forgive(self, exchange: Exchange) -> None:
-        """Take a guess back that was right, or none."""
+    def forgive(self, exchange: Exchange, user: str) -> None:
+        """Take a guess back that was right, or none.
+
+        Args:
+            exchange: that brought it.
+            user: whose password it was.
+        """
         self._guesses.forgive(exchange.address())
+        self._names.forgive(user)
 
     def require_key(self, exchange: Exchange) -> None:
         """Ask a tool for name and password by HTTP Basic authentication (RFC 7617).
@@ -147,10 +162,32 @@ class Logins:
             return
         scheme, _, given = exchange.header("authorization").partition(" ")
         if scheme.lower() == "basic" and given.strip():
-            self.begin(exchange)
+            user = _user_of_key(given.strip())
+            self.begin(exchange, user)
             # Every key is compared, in a time that does not depend on what was given.
             right = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
             if any(right):
-                self.forgive(exchange)
+                self.forgive(exchange, user)
                 return
         raise Refusal(401, "NotAuthenticated", "send user and password by HTTP Basic authentication")
+
+
+def user_of(form: bytes) -> str:
+    """Return the name in a login.
+
+    Args:
+        form: as browsers and clients send it.
+
+    Returns:
+        The name; nothing where it is not said once, and plainly: all such logins count as one name's.
+    """
+    text = form.decode("utf-8", errors="replace")
+    found = [*_USERNAME.findall(text), *parse_qs(text).get("username", [])]
+    return found[0].strip() if len(found) == 1 else ""
+
+
+def _user_of_key(given: str) -> str:
+    try:
+        return base64.b64decode(given, validate=True).partition(b":")[0].decode(errors="replace")
+    except ValueError:
+        return ""

@@ -12,12 +12,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-_NODES_LIMIT = 200_000
+NODES_LIMIT = 20_000
+FILES_LIMIT = 300
 _ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]*:/|file:)", re.IGNORECASE)
 _FILE_ROUTE = "/gradio_api/file="
 
@@ -44,6 +44,9 @@ def parse(body: bytes) -> Any:
             raise RefusedPayloadError("the body names a key twice")
         return found
 
+    # Before anything is made of it: nothing else may run while a list of numbers is read.
+    if sum(map(body.count, (b",", b"[", b"{"))) > 2 * NODES_LIMIT:
+        raise RefusedPayloadError("the body holds too many values")
     try:
         return json.loads(body.decode("utf-8"), object_pairs_hook=once)
     except RefusedPayloadError:
@@ -52,45 +55,58 @@ def parse(body: bytes) -> Any:
         raise RefusedPayloadError("the body is not JSON") from err
 
 
-def check(value: Any, *, uploads: Path, hosts: Collection[str], strings: bool = False) -> None:
+def check(value: Any, *, uploads: Path, strings: bool = False, most_files: int = FILES_LIMIT) -> bool:
     """Refuse a value that names a file which does not lie among the uploads, or an address.
+
+    A `url` of an upload is taken out: who called this server by which name is the client's word alone.
 
     Args:
         value: what `parse` returned.
         uploads: the folder of uploaded files, and of those that the page made.
-        hosts: names and ports under which this server was called: only their addresses may stand in a `url`.
         strings: whether to refuse every text that is an address, as of a protocol that takes texts for files.
+        most_files: that the value may name.
+
+    Returns:
+        Whether something was taken out of the value.
 
     Raises:
-        RefusedPayloadError: when it does.
+        RefusedPayloadError: when it names what it may not name, or too much.
     """
-    seen = 0
+    seen, changed = 0, False
     nodes = [value]
+    files: dict[str, bool] = {}  # a path is looked at once
     while nodes:
         node = nodes.pop()
         seen += 1
-        if seen > _NODES_LIMIT:
+        if seen > NODES_LIMIT:
             raise RefusedPayloadError("the body holds too many values")
         if isinstance(node, dict):
-            _check_file(node, uploads, hosts)
+            _check_file(node, uploads, files)
+            if len(files) > most_files:
+                raise RefusedPayloadError(f"more than {most_files} files; name fewer at once")
+            if node.get("url") is not None:
+                node["url"], changed = None, True
             nodes.extend(node.values())
         elif isinstance(node, list):
             nodes.extend(node)
         elif strings and isinstance(node, str) and _ADDRESS.match(node):
             raise RefusedPayloadError("an address is not fetched here: upload the picture")
+    return changed
 
 
-def _check_file(node: dict[str, Any], uploads: Path, hosts: Collection[str]) -> None:
+def _check_file(node: dict[str, Any], uploads: Path, files: dict[str, bool]) -> None:
     """Refuse a dictionary that may be taken for a file and is none that lies here."""
     path, url, meta = node.get("path"), node.get("url"), node.get("meta")
     if isinstance(meta, dict) and meta.get("_type") == "gradio.FileData" and not isinstance(path, str):
         raise RefusedPayloadError("a file without a path: upload the picture")
     if path is not None:
-        if not isinstance(path, str) or not is_upload(path, uploads):
+        if isinstance(path, str) and path not in files:
+            files[path] = is_upload(path, uploads)
+        if not isinstance(path, str) or not files[path]:
             raise RefusedPayloadError("a path that is not of an uploaded file: upload the picture")
         if meta is not None and not isinstance(meta, dict):
             raise RefusedPayloadError("a file's meta must be an object")
-    if url is not None and not _is_own_address(url, path, hosts):
+    if url is not None and not _shows(url, path):
         raise RefusedPayloadError("a url that is not of an uploaded file: upload the picture")
 
 
@@ -144,8 +160,8 @@ def sweep(uploads: Path, *, older_than_s: float) -> int:
     return deleted
 
 
-def _is_own_address(url: object, path: object, hosts: Collection[str]) -> bool:
-    """Return whether a url is the address under which this server shows the very file of `path`."""
+def _shows(url: object, path: object) -> bool:
+    """Return whether a url is an address under which a page like this one shows the very file of `path`."""
     if not isinstance(url, str) or not isinstance(path, str):
         return False
     try:
@@ -153,8 +169,6 @@ def _is_own_address(url: object, path: object, hosts: Collection[str]) -> bool:
     except ValueError:
         return False
     if parts.query or parts.fragment or parts.scheme not in ("", "http", "https"):
-        return False
-    if parts.netloc not in ("", *hosts):
         return False
     _, route, shown = parts.path.partition(_FILE_ROUTE)
     return bool(route) and unquote(shown) == path

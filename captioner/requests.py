@@ -7,14 +7,14 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
-from captioner.batching import Item
+from captioner.batching import Batcher, Item, Ticket
 from captioner.caption import Caption, Word
 from captioner.errors import CaptionerError
 from captioner.prepared import PreparedPicture
@@ -54,19 +54,24 @@ CALLER: ContextVar[Caller | None] = ContextVar("captioner_caller", default=None)
 """For whom this thread works; None where nobody would say that they leave."""
 
 
+_GONE_LIMIT = 1000
+
+
 class Callers:
     """Who waits for an answer, by the names under which the door before the page knows them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._present: dict[str, set[Caller]] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
 
     @contextlib.contextmanager
-    def waiting(self, *names: str) -> Iterator[Caller]:
+    def waiting(self, *names: str, once: Collection[str] = ()) -> Iterator[Caller]:
         """Work for a caller in this thread, as long as the block lasts.
 
         Args:
             *names: of the call, and of the page it comes from.
+            once: those of them that no other call ever has: who left under one before the work began has left.
 
         Yields:
             The caller.
@@ -75,6 +80,9 @@ class Callers:
         with self._lock:
             for name in names:
                 self._present.setdefault(name, set()).add(caller)
+            gone = not self._gone.keys().isdisjoint(once)
+        if gone:
+            caller.leave()
         token = CALLER.set(caller)
         try:
             yield caller
@@ -94,6 +102,9 @@ class Callers:
         """
         with self._lock:
             callers = [*self._present.get(name, ())]
+            self._gone[name] = None
+            while len(self._gone) > _GONE_LIMIT:
+                self._gone.popitem(last=False)
         for caller in callers:
             caller.leave()
 
@@ -138,6 +149,55 @@ class Runs:
         if older is not None:
             older.leave()
         return True
+
+
+class Place:
+    """Places in the queue of a service that were taken at its door, for the one who comes through.
+
+    Args:
+        batcher: whose places they are; None for none.
+        ticket: with the places.
+    """
+
+    def __init__(self, batcher: Batcher | None = None, ticket: Ticket | None = None) -> None:
+        self._lock = threading.Lock()
+        self._batcher, self._ticket = batcher, ticket
+
+    def take(self, batcher: Batcher, count: int) -> Ticket | None:
+        """Use the places, once.
+
+        Args:
+            batcher: of the service that is asked.
+            count: how many are needed.
+
+        Returns:
+            The ticket; None when these are places of another, or used.
+
+        Raises:
+            ServiceError: when more are needed than there are, or time is up.
+        """
+        if batcher is not self._batcher or (ticket := self._given()) is None:
+            return None
+        try:
+            batcher.take(ticket, count)
+        except BaseException:
+            batcher.release(ticket)
+            raise
+        return ticket
+
+    def drop(self) -> None:
+        """Give the places back that were not used."""
+        if (ticket := self._given()) is not None and self._batcher is not None:
+            self._batcher.release(ticket)
+
+    def _given(self) -> Ticket | None:
+        with self._lock:
+            ticket, self._ticket = self._ticket, None
+        return ticket
+
+
+PLACED: ContextVar[Place | None] = ContextVar("captioner_place", default=None)
+"""What the one for whom this thread works was given at the door."""
 
 
 class WordStream:

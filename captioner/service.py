@@ -25,7 +25,7 @@ from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
 from captioner.images import ImageLimits, Picture, Source, open_picture
 from captioner.prepared import PreparedPicture, prepare
-from captioner.requests import CALLER, RequestRecord, Turnstile, WordStream
+from captioner.requests import CALLER, PLACED, Place, RequestRecord, Turnstile, WordStream
 from captioner.telemetry import Telemetry
 
 ROWS_LIMIT = 512
@@ -47,6 +47,7 @@ class ServiceLimits:
         timeout_s: seconds from the admission of a request to its answer.
         max_upload_bytes: the most bytes of a picture's file.
         max_pixels: the most pixels of a picture, height times width.
+        max_uploads_bytes: the most bytes of all uploads that are kept at a time.
     """
 
     max_batch: int = 32
@@ -55,6 +56,7 @@ class ServiceLimits:
     timeout_s: float = 60.0
     max_upload_bytes: int = 20 * 2**20
     max_pixels: int = 50_000_000
+    max_uploads_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -62,10 +64,16 @@ class ServiceLimits:
             ("max_queue", 2**20),
             ("max_upload_bytes", 2**40),
             ("max_pixels", 2**40),
+            ("max_uploads_bytes", 2**50),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ConfigError(f"{name} must be a whole number, at least 1 and at most {most}, got {value!r}")
+        if self.max_uploads_bytes < self.max_upload_bytes:
+            raise ConfigError(
+                f"max_uploads_bytes must be at least max_upload_bytes, {self.max_upload_bytes}, "
+                f"got {self.max_uploads_bytes}"
+            )
         for name, least, limit in (("max_wait_ms", 0.0, 1000.0), ("timeout_s", 0.001, 86_400.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= limit:
@@ -134,6 +142,24 @@ class Service:
         if self._draining:
             return ServiceClosedError("the service is closing and takes no more requests; try again later")
         return self._batcher.refusal()
+
+    def reserve(self, count: int) -> Place:
+        """Take places in the queue for one who comes; `requests.PLACED` hands them to the calls of this service.
+
+        Args:
+            count: of pictures.
+
+        Returns:
+            The places; unused, they are free again after the time limit at the latest.
+
+        Raises:
+            ServiceBusyError: when there are not so many.
+            ServiceClosedError: when the service is closing.
+            ServiceError: when it has failed.
+        """
+        if self._draining and (error := self.refusal()) is not None:
+            raise error
+        return Place(self._batcher, self._batcher.admit(count, held=True))
 
     def drain(self) -> None:
         """Let nobody new in at the door: `ready` is False and `refusal` says so, but every call is still answered.
@@ -318,7 +344,9 @@ class Service:
     def _places(self, count: int) -> Iterator[Ticket]:
         if count > self.limits.max_queue:
             raise ConfigError(f"at most {self.limits.max_queue} pictures per request, got {count}; send fewer at once")
-        ticket = self._batcher.admit(count)
+        place = PLACED.get()
+        ticket = place.take(self._batcher, count) if place is not None else None
+        ticket = ticket or self._batcher.admit(count)
         try:
             yield ticket
         finally:

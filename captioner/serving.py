@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import ipaddress
 import os
 import secrets
 import shutil
@@ -21,12 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from captioner.api import Captioner
-from captioner.asgi import wait_for_answers
+from captioner.door import wait_for_answers
 from captioner.errors import ConfigError
 from captioner.page import Model
 from captioner.payloads import sweep
@@ -55,22 +56,31 @@ class ServeSettings:
 
     Args:
         model: folder or hub id; None for the bundled model.
+        device: as in `Captioner.load`.
+        runtime: as in `Captioner.load`.
+        threads: as in `Captioner.load`.
         compare: more models, shown beside it.
         host: address to listen on.
         port: to listen on, as text, as it comes from a command line or a variable.
         users: names and passwords; None asks for none.
         limits: of the service.
+        trust_proxy: addresses and networks of proxies, between commas, that are believed whom a request comes from;
+            "*" is all of them.
         mcp: whether the endpoints are tools of the Model Context Protocol too.
         log: whether a structured log goes to standard error.
         log_captions: whether captions stand in it.
     """
 
     model: str | None = None
+    device: str = "auto"
+    runtime: str = "auto"
+    threads: int | None = None
     compare: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: str = "7860"
     users: tuple[tuple[str, str], ...] | None = None
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    trust_proxy: str = ""
     mcp: bool = False
     log: bool = False
     log_captions: bool = False
@@ -80,10 +90,24 @@ class ServeSettings:
             raise ConfigError(
                 f"--port (or GRADIO_SERVER_PORT) must be a whole number from 1 to 65535, got {self.port[:100]!r}"
             )
+        for proxy in filter(None, map(str.strip, self.trust_proxy.split(","))):
+            if proxy != "*" and not _is_network(proxy):
+                raise ConfigError(
+                    f"--trust-proxy (or FORWARDED_ALLOW_IPS) must be addresses or networks, such as 10.0.0.0/8, "
+                    f"got {proxy[:100]!r}"
+                )
         if self.log_captions and not self.log:
             raise ConfigError("--log-captions needs --log")
         if self.mcp and importlib.util.find_spec("mcp") is None:
             raise ConfigError("--mcp needs the package mcp, which is not installed; pip install 'captioner[mcp]'")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_users(auth: str | None, auth_file: Path | None) -> tuple[tuple[str, str], ...] | None:
@@ -157,11 +181,12 @@ def open_services(settings: ServeSettings, closing: contextlib.ExitStack) -> tup
         ConfigError: for a model that is no path.
     """
     telemetry = Telemetry(log="stderr" if settings.log else None, log_captions=settings.log_captions)
-    service = Service(Captioner.load(settings.model), limits=settings.limits, telemetry=telemetry)
+    how: Any = {"device": settings.device, "runtime": settings.runtime, "threads": settings.threads}
+    service = Service(Captioner.load(settings.model, **how), limits=settings.limits, telemetry=telemetry)
     closing.callback(service.close, drain_s=0)
     others: dict[str, Model] = {}
     for number, model in enumerate(settings.compare, 2):
-        other = Service(Captioner.load(model), limits=settings.limits)
+        other = Service(Captioner.load(model, **how), limits=settings.limits)
         closing.callback(other.close, drain_s=0)
         others[title(model, number, other.captioner.config.decoder)] = other
     return service, others

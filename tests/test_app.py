@@ -269,7 +269,7 @@ def test_a_start_that_fails_says_why_in_one_line(tmp_path, monkeypatch, capsys, 
         value = {"model": str(tmp_path / "absent"), "port": str(taken.getsockname()[1])}[fault]
         monkeypatch.setattr(sys, "argv", ["app.py", f"--{fault}", value])
         if fault == "port":
-            monkeypatch.setattr(Captioner, "load", lambda source: CAPTIONER)
+            monkeypatch.setattr(Captioner, "load", lambda source, **how: CAPTIONER)
         with pytest.raises(SystemExit) as stopped:
             app.main()
     assert stopped.value.code == 1
@@ -294,7 +294,7 @@ def test_an_impossible_port_is_one_line_and_status_2(monkeypatch, capsys, port, 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a b", "x" * 300])
 def test_an_impossible_host_is_one_line(monkeypatch, capsys, host):
     monkeypatch.setattr(sys, "argv", ["app.py", "--host", host])
-    monkeypatch.setattr(Captioner, "load", lambda source: CAPTIONER)
+    monkeypatch.setattr(Captioner, "load", lambda source, **how: CAPTIONER)
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 1

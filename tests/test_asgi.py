@@ -2,113 +2,28 @@
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import time
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import loops
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import END, GONE, META, PART, answering, call, door
 from pictures import encode, gradient
 
-from captioner import asgi, payloads, serving
+from captioner import asgi, bodies, payloads, routes, serving
 from captioner.asgi import ServiceMiddleware
+from captioner.door import OpenDoor, wait_for_answers
 from captioner.errors import ServiceBusyError, ServiceClosedError
+from captioner.exchange import path_of
 from captioner.service import ServiceLimits
-from captioner.telemetry import Telemetry
 
-META = {"_type": "gradio.FileData"}
-
-
-@pytest.fixture
-def uploads(tmp_path):
-    folder = tmp_path / "uploads"
-    (folder / "ab12").mkdir(parents=True)
-    (folder / "ab12" / "a photo.png").write_bytes(encode(gradient(), "PNG"))
-    (tmp_path / "secret.png").write_bytes(encode(gradient(), "PNG"))
-    return folder
-
-
-@pytest.fixture
-def service():
-    log = io.StringIO()
-    return SimpleNamespace(
-        ready=True, refusal=lambda: None, limits=ServiceLimits(max_upload_bytes=1000), telemetry=Telemetry(log=log)
-    )
-
-
-class EchoApp:
-    """Answers with the body that it was given; remembers whether it was asked."""
-
-    def __init__(self):
-        self.bodies = []
-
-    async def __call__(self, scope, receive, send):
-        body, more = b"", True
-        while more:
-            message = await receive()
-            assert message["type"] == "http.request"
-            body, more = body + message["body"], message["more_body"]
-        self.bodies.append(body)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": body})
-
-
-@pytest.fixture
-def app():
-    return EchoApp()
-
-
-@pytest.fixture
-def ask(app, service, uploads):
-    """Send a request through the middleware; the body goes in as many parts as it has."""
-    middleware = ServiceMiddleware(app, service=service, uploads=uploads, endpoints=["/caption"])
-
-    def ask(method, path, *parts, headers=(), length=True, inner=None, root="", query=b""):
-        if parts and not isinstance(parts[0], bytes):
-            parts = (json.dumps(parts[0]).encode(),)
-        total = sum(map(len, parts))
-        known = [(b"content-length", str(total).encode())] if length and parts else []
-        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-        messages.append({"type": "http.request", "body": b"", "more_body": False})
-        sent = []
-
-        async def receive():
-            return messages.pop(0) if messages else {"type": "http.disconnect"}
-
-        async def send(message):
-            sent.append(message)
-
-        middleware.app = inner or app
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": root + path,
-            "headers": [*known, (b"host", b"here:7860"), *headers],
-        }
-        scope |= {"root_path": root, "query_string": query}
-        loops.run(asyncio.wait_for(middleware(scope, receive, send), 30))
-        starts = [message for message in sent if message["type"] == "http.response.start"]
-        assert len(starts) <= 1
-        return SimpleNamespace(
-            status=starts[0]["status"] if starts else None,
-            headers=dict(starts[0]["headers"]) if starts else {},
-            body=b"".join(message.get("body", b"") for message in sent),
-            left=len(messages),
-        )
-
-    ask.middleware = middleware
-    return ask
-
-
-def call(value, *, route="call/caption"):
-    return "POST", f"/gradio_api/{route}", {"data": [value]}
+pytest_plugins = ("asked",)
 
 
 # --- Health ---
@@ -136,29 +51,21 @@ def test_metrics_count_requests_by_endpoint_and_status(ask):
     assert 'captioner_errors_total{kind="RefusedPayload"} 1' in text
 
 
-@given(st.lists(st.text(), max_size=5), st.sampled_from(["GET", "POST", "PUT", "WHATEVER"]))
-def test_labels_of_metrics_are_few_whatever_is_asked(parts, method):
-    limits = ServiceLimits(max_upload_bytes=1000)
-    there = SimpleNamespace(ready=True, refusal=lambda: None, limits=limits, telemetry=Telemetry())
-    middleware = ServiceMiddleware(EchoApp(), service=there, uploads="/nowhere", endpoints=["caption"])
-    allowed = {"/", "page", "other", "file", "heartbeat", "queue/data", *asgi._WORK, *asgi._SENT}
+@given(st.lists(st.text(), max_size=5))
+def test_labels_of_metrics_are_few_whatever_is_asked(parts):
+    allowed = {"/", "page", "other", "file", "heartbeat", "queue/data", *routes.WORK, *routes.SENT}
     names = {
-        f"{route}/{name}{end}"
-        for route in ("call", "run", "api")
-        for name in ("caption", "other")
-        for end in ("", "/answer")
+        f"{route}/{name}{end}" for route in ("call", "run") for name in ("caption", "other") for end in ("", "/answer")
     }
     for first in ("", "/gradio_api/", "/gradio_api/call/", "/gradio_api/queue/"):
-        label = middleware._label({"type": "http", "method": method, "path": first + "/".join(parts)})
+        label = routes.label_of(path_of({"path": first + "/".join(parts)}), ["caption"])
         assert label in allowed | names
 
 
 # --- Admission ---
 
 
-@pytest.mark.parametrize(
-    "route", ["call/caption", "call/v2/caption", "run/caption", "api/caption", "queue/join", "upload", "mcp"]
-)
+@pytest.mark.parametrize("route", ["call/caption", "call/v2/caption", "run/caption", "queue/join", "upload", "mcp"])
 def test_a_full_queue_is_said_at_once(ask, service, app, route):
     service.refusal = lambda: ServiceBusyError("full", retry_after_s=7)
     answer = ask("POST", f"/gradio_api/{route}", b"{}")
@@ -183,7 +90,7 @@ def test_while_closing_answers_are_still_fetched_and_requests_cancelled(ask, ser
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/call/caption", "/gradio_api/cancel"])
 def test_a_body_over_its_limit_is_refused_however_it_comes(ask, app, path, length):
     part = b" " * 100_000
-    count = 1 + asgi.JSON_LIMIT // len(part)
+    count = 1 + bodies.JSON_LIMIT // len(part)
     answer = ask("POST", path, *[part] * count, length=length)
     assert answer.status == 413
     assert app.bodies == []
@@ -192,7 +99,7 @@ def test_a_body_over_its_limit_is_refused_however_it_comes(ask, app, path, lengt
 
 
 def test_a_body_at_its_limit_passes_unchanged(ask, app):
-    limit = 1000 + asgi.MULTIPART_BYTES
+    limit = 1000 + bodies.MULTIPART_BYTES
     body = os.urandom(limit)
     assert ask("POST", "/gradio_api/upload", body[:7], body[7:], length=False).status == 200
     assert app.bodies == [body]
@@ -218,16 +125,16 @@ def test_a_length_that_is_no_sensible_number_is_refused(ask, app, length):
     assert app.bodies == []
 
 
-def test_what_is_buffered_is_bounded_and_given_back(ask, app, monkeypatch):
-    monkeypatch.setattr(asgi, "BUFFER_LIMIT", 100)
-    assert ask("POST", "/gradio_api/call/caption", b" " * 60, b" " * 60).status == 503
-    assert ask.middleware._buffered_bytes == 0
+def test_what_is_buffered_is_bounded_and_given_back(ask):
+    ask.middleware.buffers.most_bytes = 200
+    assert ask("POST", "/gradio_api/call/caption", b" " * 60, b" " * 60).status == 503  # half of it is one address's
+    assert ask.middleware.buffers.held_bytes == {}
     assert ask(*call(1)).status == 200
-    assert ask.middleware._buffered_bytes == 0
+    assert ask.middleware.buffers.held_bytes == {}
 
 
 def test_a_body_that_never_ends_times_out(ask, app, monkeypatch):
-    monkeypatch.setattr(asgi, "BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.01)
 
     async def never():
         await asyncio.Event().wait()
@@ -270,26 +177,6 @@ def test_the_app_sees_the_client_leave_after_a_checked_body(ask):
 
     ask("POST", "/gradio_api/call/caption", b"{}", inner=watching)
     assert seen == [{"type": "http.request", "body": b"{}", "more_body": False}, "http.disconnect", "http.disconnect"]
-
-
-def answering(*messages, until=None):
-    """An app that reads its request, sends these messages, and waits for the client's leaving."""
-
-    async def run(scope, receive, send):
-        while (await receive()).get("more_body"):
-            pass
-        for message in messages:
-            await send({"type": "http.response.start", "status": 200, "headers": []} if message == "start" else message)
-        if until:
-            while (await receive())["type"] != until:
-                pass
-
-    return run
-
-
-PART = {"type": "http.response.body", "body": b"...", "more_body": True}
-END = {"type": "http.response.body", "body": b""}
-GONE = "http.disconnect"
 
 
 @pytest.mark.parametrize(
@@ -389,6 +276,7 @@ def test_an_uploaded_file_passes_as_a_browser_and_a_client_name_it(ask, app, upl
     named = [
         {"path": path, "meta": META, "orig_name": "../../x.png", "url": address},
         {"path": path, "meta": META, "url": f"/gradio_api/file={path}"},
+        {"path": path, "meta": META, "url": f"http://example.com/gradio_api/file={path}"},
         {"path": path, "meta": META, "url": None},
         {"path": path},
         {"path": None, "url": None},
@@ -396,7 +284,9 @@ def test_an_uploaded_file_passes_as_a_browser_and_a_client_name_it(ask, app, upl
     ]
     for value in named:
         assert ask(*call(value)).status == 200, value
-    assert [json.loads(body)["data"][0] for body in app.bodies] == named
+    # By which name somebody calls this server nobody knows but they: no address is handed on.
+    handed = [{**value, "url": None} if "url" in value else value for value in named]
+    assert [json.loads(body)["data"][0] for body in app.bodies] == handed
 
 
 ATTACKS = [
@@ -429,9 +319,6 @@ ATTACKS = [
     {"url": "http://example.com/x.png"},
     {"url": "data:image/png;base64,AAAA", "path": None},
     {"path": "{own}", "url": "http://example.com/x.png"},
-    {"path": "{own}", "url": "http://example.com/gradio_api/file={own}"},
-    {"path": "{own}", "url": "//example.com/gradio_api/file={own}"},
-    {"path": "{own}", "url": "http://here:7860@example.com/gradio_api/file={own}"},
     {"path": "{own}", "url": "http://here:7860/gradio_api/file=/etc/passwd"},
     {"path": "{own}", "url": "http://here:7860/gradio_api/file={own}?x=http://example.com"},
     {"path": "{own}", "url": "file:///gradio_api/file={own}"},
@@ -448,7 +335,7 @@ def test_what_was_not_uploaded_here_is_refused(ask, app, uploads, attack):
         )
 
     attack = {key: filled(value) for key, value in attack.items()}
-    for route in ("call/caption", "call/v2/caption", "run/caption", "api/caption", "queue/join"):
+    for route in ("call/caption", "call/v2/caption", "run/caption", "queue/join"):
         for value in (attack, [[attack]], {"deep": {"er": [attack]}}):
             answer = ask(*call(value, route=route))
             assert answer.status == 400
@@ -536,7 +423,7 @@ def test_tools_are_asked_for_a_key_where_there_are_users(service, uploads, app, 
         async def receive():
             return {"type": "http.request", "body": b"{}", "more_body": False}
 
-        headers = [(b"authorization", value) for value in authorization]
+        headers = [(b"accept", b"text/event-stream"), *((b"authorization", value) for value in authorization)]
         scope = {"type": "http", "method": method, "path": path, "headers": headers}
         loops.run(asyncio.wait_for(guarded(scope, receive, send), 30))
         return sent[0]["status"]
@@ -546,11 +433,11 @@ def test_tools_are_asked_for_a_key_where_there_are_users(service, uploads, app, 
             assert status(method, *wrong) == 401
         for user in ("me:pass:word", "é:x"):
             assert status(method, b"basic " + base64.b64encode(user.encode())) == 200
-    assert ask("GET", path).status == 200  # where nobody need log in
+    assert ask("GET", path, headers=[(b"accept", b"text/event-stream")]).status == 200  # where nobody need log in
 
 
 def test_before_a_page_without_a_service_everyone_is_let_in_within_limits(app, uploads):
-    door = asgi.OpenDoor()
+    door = OpenDoor()
     assert door.ready
     assert door.refusal() is None
     assert ServiceMiddleware(app, service=door, uploads=uploads).max_body_bytes > door.limits.max_upload_bytes
@@ -582,9 +469,9 @@ def test_open_answers_are_waited_for_and_heartbeats_are_not(ask, service):
         ask("GET", path, inner=counting)
     assert seen == [1, 0]
     assert opened.value() == 0
-    assert asgi.wait_for_answers(service.telemetry, timeout_s=30, quiet_s=0)
+    assert wait_for_answers(service.telemetry, timeout_s=30, quiet_s=0)
     opened.add(1)
-    assert not asgi.wait_for_answers(service.telemetry, timeout_s=0.01, quiet_s=0)
+    assert not wait_for_answers(service.telemetry, timeout_s=0.01, quiet_s=0)
 
 
 def test_an_app_that_fails_leaves_nothing_open(ask, service):
@@ -639,8 +526,7 @@ def page(tmp_path_factory):
         import gradio as gr
         from starlette.middleware import Middleware
 
-        limits = ServiceLimits(max_upload_bytes=100_000)
-        there = SimpleNamespace(ready=True, refusal=lambda: None, limits=limits, telemetry=Telemetry())
+        there = door(ServiceLimits(max_upload_bytes=100_000))
         with gr.Blocks() as blocks:
             photo, out = gr.Image(type="filepath"), gr.Textbox()
             gr.Button().click(lambda path: "seen" if path else "nothing", photo, out, api_name="caption")

@@ -16,8 +16,9 @@ from pointing import PointingCaptioner
 from served import API, HTTP, META, Process, events, post, served, upload
 
 import app
-from captioner.asgi import OpenDoor
+from captioner.door import OpenDoor
 from captioner.endpoints import NAMES
+from captioner.logins import GUESSES
 from captioner.service import ServiceLimits
 
 MARK = "the-secret-of-the-server"
@@ -58,21 +59,24 @@ class Listener:
         self._socket.close()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["page", "page and tools"])
+def site(request, tmp_path_factory):
     """A page, its model, files that nobody may see, and a listener that nobody may call."""
+    if request.param:
+        pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
     folder = tmp_path_factory.mktemp("server")
     (folder / "secret.txt").write_text(MARK)
     (folder / "secret.png").write_bytes(PNG + MARK.encode())
     model, door, listener = Noting(), OpenDoor(), Listener()
     door.limits = ServiceLimits(max_upload_bytes=200_000)
-    with served(model, door=door, mcp=False) as url:
+    with served(model, door=door, mcp=request.param) as url:
         own = upload(url, PNG)
         links = app.UPLOADS / "links"
         links.mkdir(exist_ok=True)
         (links / "link.png").symlink_to(folder / "secret.png")
         (links / "folder").symlink_to(folder)
-        yield type("Site", (), {"url": url, "model": model, "folder": folder, "own": own, "listener": listener})
+        found = {"url": url, "model": model, "folder": folder, "own": own, "listener": listener, "mcp": request.param}
+        yield type("Site", (), found)
         (links / "link.png").unlink()
         (links / "folder").unlink()
     listener.close()
@@ -174,6 +178,38 @@ def test_no_endpoint_opens_or_fetches_what_was_not_uploaded(site, name):
     nothing_was_opened(site)
 
 
+ACCEPT = {"Accept": "application/json, text/event-stream"}
+
+
+def test_no_tool_opens_or_fetches_what_was_not_uploaded(site):
+    for file in hostile_files(site) if site.mcp else ():
+        for name in NAMES:
+            values = {"images": [file]} if name == "caption_batch" else {"image": file}
+            values |= {"sentence": "a dog"} if name == "score" else {}
+            params = {"name": name, "arguments": values}
+            message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+            answer = post(site.url, "mcp/", message, headers=ACCEPT)
+            assert answer.status_code in (200, 400)
+            refused = answer.status_code == 400 or '"isError":true' in answer.text or r"\"error\": {" in answer.text
+            assert refused, answer.text
+            quiet(site, answer.text)
+    for method in ("resources/read", "prompts/get", "resources/list", "completion/complete", "logging/setLevel"):
+        message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {"uri": "file:///etc/passwd", "name": "x"}}
+        answer = post(site.url, "mcp/", message, headers=ACCEPT)
+        assert '"result"' not in answer.text
+        quiet(site, answer.text)
+    nothing_was_opened(site)
+
+
+@pytest.mark.parametrize("path", ["x</script><script>alert(1)</script>", '"-alert(1)-"', "x/gradio_api/mcp/", ""])
+def test_no_path_is_repeated_in_a_page(site, path):
+    for accept in ("*/*", "text/html"):
+        answer = HTTP.get(f"{site.url}{API}/mcp/{path}", headers={"Accept": accept})
+        assert answer.status_code in (404, 406)
+        assert "<" not in answer.text
+        assert "text/html" not in answer.headers["content-type"]
+
+
 def functions(site):
     return HTTP.get(f"{site.url}/config").json()["dependencies"]
 
@@ -250,6 +286,9 @@ def test_no_route_of_files_shows_or_fetches_what_was_not_uploaded(site):
         "proxy=http://127.0.0.1/",
         "profiling/traces",
         "stream/a/0/0/playlist.m3u8",
+        "dev/reload",
+        "token",
+        "mcp/x",
     ],
 )
 def test_routes_of_gradio_that_are_not_needed_are_closed(site, route):
@@ -276,6 +315,16 @@ def test_an_uploads_name_leads_nowhere(site, name):
     else:
         assert answer.status_code in (400, 413, 500)
         quiet(site, answer.text)
+
+
+@pytest.mark.parametrize(("trusted", "status"), [("", 429), ("127.0.0.1", 400)])
+def test_who_makes_up_an_address_has_no_more_guesses_unless_a_proxy_is_believed(trusted, status):
+    with served(PointingCaptioner(), users=[("me", "secret")], trust_proxy=trusted) as url:
+        for number in range(GUESSES + 1):
+            guess = {"username": "me", "password": str(number)}
+            headers = {"X-Forwarded-For": f"192.0.2.{number}", "X-Real-IP": f"192.0.2.{number}"}
+            answer = HTTP.post(f"{url}/login", data=guess, headers=headers)
+        assert answer.status_code == status
 
 
 def test_huge_bodies_are_refused(site):

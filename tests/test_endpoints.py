@@ -141,21 +141,40 @@ def test_the_python_client_gets_the_same(url, tiny_captioner, tmp_path):
         client.predict(picture, "a zebra", api_name="/score")
 
 
-def test_nothing_is_kept_of_a_call_that_is_over():
+@contextlib.contextmanager
+def page_of(model):
+    """Serve a page; yield it and its url."""
     import app
 
-    model = PointingCaptioner()
     page = app.build_app(model, examples=app.Examples(model, [], {}))
-    url = app.start(page, host="127.0.0.1", port=free_port()).rstrip("/")
     try:
-        for _ in range(5):
-            assert ask(url, "score", image=DATA, sentence="a dog").kind == "complete"
+        yield page, app.start(page, host="127.0.0.1", port=free_port()).rstrip("/")
     finally:
         page.close(verbose=False)
-    holder = page.app.state_holder
-    assert (len(holder.session_data), len(holder.time_last_used)) == (0, 0)
-    queue = page._queue
-    assert (len(queue.pending_event_ids_session), len(queue.pending_messages_per_session)) == (0, 0)
+
+
+def kept(page):
+    """How much Gradio keeps of sessions and calls."""
+    holder, queue = page.app.state_holder, page._queue
+    tables = (holder.session_data, holder.time_last_used)
+    return [*map(len, (*tables, queue.pending_event_ids_session, queue.pending_messages_per_session))]
+
+
+def test_nothing_is_kept_of_calls_whose_answers_nobody_fetches(monkeypatch):
+    monkeypatch.setattr("captioner.asgi.UNFETCHED_S", -ServiceLimits().timeout_s)
+    with page_of(PointingCaptioner()) as (page, url):
+        for _ in range(3):
+            call = post(url, "call/v2/score", {"image": DATA, "sentence": "a dog"})
+            until(lambda call=call: call.json()["event_id"] not in page._queue.event_ids_to_events)
+            HTTP.get(f"{url}/healthz")  # whoever comes next
+            assert kept(page) == [0, 0, 0, 0]
+
+
+def test_nothing_is_kept_of_a_call_that_is_over():
+    with page_of(PointingCaptioner()) as (page, url):
+        for _ in range(5):
+            assert ask(url, "score", image=DATA, sentence="a dog").kind == "complete"
+    assert kept(page) == [0, 0, 0, 0]
 
 
 # --- Who does not wait ---
@@ -319,6 +338,25 @@ def test_a_call_with_other_names_is_told_so(url, endpoint, body):
     assert answer.json()["error"]["type"] == "BadRequest"
 
 
+def test_a_call_with_other_values_is_told_so_and_not_repeated_in_the_log(url, capfd, caplog):
+    for route, body, status in (
+        ("run/score", {"data": [DATA]}, 400),
+        ("call/caption", {"data": [1, 2, 3]}, 400),
+        ("run/nothing", {"data": [DATA]}, 400),
+        ("call/nothing", {"data": [DATA]}, 400),
+        ("queue/join", {"fn_index": 999, "data": [DATA], "session_hash": "x"}, 400),
+        ("run/score", {"data": [DATA, "a zebra"]}, 422),
+        ("run/score", {"data": ["data:image/png;base64,AAAA", "a dog"]}, 422),
+        ("run/caption", {"data": [DATA, "magic", *[None] * (len(SearchOptions().to_dict()) - 1)]}, 400),
+    ):
+        answer = post(url, route, body)
+        assert answer.status_code == status, (route, answer.text)
+        assert answer.json()["error"]
+    assert post(url, "api/score", {"data": [DATA, "a dog"]}).status_code == 404
+    said = capfd.readouterr()
+    assert said.err + said.out + caplog.text == ""
+
+
 def test_a_fault_of_ours_is_said_without_a_trace_and_logged(caplog):
     class Broken(PointingCaptioner):
         def caption(self, picture, **options):
@@ -428,6 +466,55 @@ def test_tools_are_the_endpoints_and_answer_in_json(tiny_captioner):
     assert [word["word"] for word in explained["words"]] == ["A", "dog"]
     assert [answer.isError for answer in answers] == [False, False, False, True, True]
     assert "does not know 'zebra'" in answers[3].content[0].text
+
+
+def test_tools_have_neither_prompts_nor_resources():
+    mcp = pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def run(url):
+        async with (
+            streamablehttp_client(f"{url}{API}/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            can = (await session.initialize()).capabilities
+            with pytest.raises(mcp.McpError, match="Method not found"):
+                await session.get_prompt("caption", {})
+            with pytest.raises(mcp.McpError, match="Method not found"):
+                await session.read_resource("file:///etc/passwd")
+            await session.send_ping()
+            return can
+
+    with served(PointingCaptioner(), mcp=True) as url:
+        can = loops.run(run(url))
+    assert can.tools
+    assert (can.prompts, can.resources) == (None, None)
+
+
+def test_a_cancelled_call_of_a_tool_leaves_the_queue(tiny_captioner):
+    pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
+    captioner = HeldCaptioner(tiny_captioner)
+    accept = {"Accept": "application/json, text/event-stream"}
+    values = {"name": "caption", "arguments": {"image": DATA}}
+    call = {"jsonrpc": "2.0", "id": 5, "method": "tools/call", "params": values}
+    cancelled = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 5}}
+    with (
+        Service(captioner, limits=ServiceLimits(timeout_s=WAIT_S)) as service,
+        served(service, door=service, mcp=True) as url,
+    ):
+        first = post(url, "call/v2/caption", {"image": DATA}).json()["event_id"]
+        assert captioner.entered.wait(WAIT_S)
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(post(url, "mcp/", call, headers=accept)))
+        waiting.start()
+        until(lambda: service.waiting == 1)
+        assert post(url, "mcp/", cancelled, headers=accept).status_code == 202
+        until(lambda: service.waiting == 0)
+        waiting.join(WAIT_S)
+        captioner.door.set()
+        assert events(HTTP.get(f"{url}{API}/call/v2/caption/{first}").text).kind == "complete"
+    assert "has left" in answers[0].text
+    assert captioner.batches == [1]
 
 
 def test_behind_a_login_tools_need_user_and_password():

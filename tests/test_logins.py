@@ -11,7 +11,8 @@ import loops
 import pytest
 
 from captioner import logins
-from captioner.asgi import OpenDoor, ServiceMiddleware
+from captioner.asgi import ServiceMiddleware
+from captioner.door import OpenDoor
 from captioner.logins import Guesses
 
 RIGHT, WRONG = b"username=me&password=secret", b"username=me&password=guess"
@@ -155,7 +156,7 @@ def test_many_guesses_at_once_are_no_way_around_the_limit(ask):
 
 
 def test_keys_of_tools_are_guesses_too(ask):
-    path = "/gradio_api/mcp/"
+    path = "/gradio_api/mcp/sse"
     for _ in range(2 * logins.GUESSES):
         assert ask("GET", path).status == 401  # none given
         assert ask("GET", path, authorization="Bearer x").status == 401
@@ -164,6 +165,45 @@ def test_keys_of_tools_are_guesses_too(ask):
         assert ask("GET", path, authorization=key("me:guess")).status == 401
     assert ask("GET", path, authorization=key("me:secret")).status == 429
     assert ask("POST", "/login", RIGHT).status == 429
+
+
+def test_many_addresses_have_no_more_guesses_at_one_name_than_few(ask, clock):
+    def guess(number, body=WRONG, **headers):
+        return ask("POST", "/login", body, address=f"192.0.2.{number}", **headers)
+
+    form = WRONG.replace(b"&", b"&x=1&")  # however it is sent
+    parts = b'--x\r\nContent-Disposition: form-data; name="username"\r\n\r\n me \r\n--x--'
+    bodies = (WRONG, form, parts)
+    for number in range(logins.NAME_GUESSES):
+        assert guess(number, bodies[number % 3], inner=wrong).status == 400
+    assert guess(200, RIGHT).status == 429
+    assert guess(200, b"username=you&password=guess").status == 200
+    assert ask("GET", "/gradio_api/mcp/sse", address="192.0.2.201", authorization=key("me:secret")).status == 429
+    clock.now_s += logins.WINDOW_S
+    assert guess(200, RIGHT).status == 200
+
+
+async def wrong(scope, receive, send):
+    """Says that a password is wrong."""
+    await receive()
+    await send({"type": "http.response.start", "status": 400, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (b"username=me&password=x", "me"),
+        (b"password=x&username=+%C3%A9+", "é"),
+        (b'--x\r\nContent-Disposition: form-data; name="username"\r\n\r\nme\r\n--x--', "me"),
+        (b"username=me&username=you", ""),
+        (b'--x\r\nContent-Disposition: form-data; name="username"\r\nX: y\r\n\r\nme\r\n--x--', ""),
+        (b"\xff\xfe", ""),
+        (b"", ""),
+    ],
+)
+def test_a_name_that_is_not_said_plainly_counts_as_that_of_all_such_logins(form, name):
+    assert logins.user_of(form) == name
 
 
 def test_addresses_that_are_remembered_are_bounded(clock, monkeypatch):

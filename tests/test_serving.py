@@ -1,5 +1,6 @@
 """Laws of the served process: its options, its login, its health, its end, and what is left after a kill."""
 
+import contextlib
 import json
 import os
 import queue
@@ -16,7 +17,7 @@ from pictures import encode, gradient
 from served import API, HTTP, ROOT, WAIT_S, Process, ask, events, post, upload
 from typer.testing import CliRunner
 
-from captioner import ConfigError, cli, serving
+from captioner import Captioner, ConfigError, cli, serving
 from captioner.model import DECODERS
 from captioner.serving import ServeSettings, Stopping, read_users, title
 
@@ -226,6 +227,8 @@ def test_a_sigterm_that_comes_early_is_kept():
         (["--port", "0"], "--port (or GRADIO_SERVER_PORT) must be"),
         (["--max-upload-mb", "0"], "max_upload_bytes must be"),
         (["--max-queue", "-1"], "max_queue must be"),
+        (["--max-uploads-mb", "19"], "max_uploads_bytes must be at least max_upload_bytes"),
+        (["--trust-proxy", "proxy.example"], "--trust-proxy (or FORWARDED_ALLOW_IPS) must be"),
         (["--max-pixels", "0"], "max_pixels must be"),
         (["--timeout-s", "0"], "timeout_s must be"),
         (["--timeout-s", "nan"], "timeout_s must be"),
@@ -294,7 +297,22 @@ def test_both_ways_to_start_have_the_same_options():
     served = options("-m", "captioner", "serve")
     assert served == options("app.py")
     assert served >= {"--model", "--compare", "--host", "--port", "--auth", "--max-upload-mb", "--max-pixels"}
-    assert served >= {"--max-queue", "--timeout-s", "--mcp", "--log", "--log-captions"}
+    assert served >= {"--max-queue", "--timeout-s", "--mcp", "--log", "--log-captions", "--max-uploads-mb"}
+    assert served >= {"--device", "--runtime", "--threads", "--trust-proxy"}
+
+
+def test_every_model_is_loaded_as_the_options_say(monkeypatch, tiny_captioner):
+    loaded = []
+    monkeypatch.setattr(Captioner, "load", lambda model, **how: loaded.append((model, how)) or tiny_captioner)
+    settings = ServeSettings(model="one", compare=("two",), device="cpu", runtime="torch", threads=3)
+    with contextlib.ExitStack() as closing:
+        serving.open_services(settings, closing)
+    assert loaded == [(model, {"device": "cpu", "runtime": "torch", "threads": 3}) for model in ("one", "two")]
+
+
+@pytest.mark.parametrize("trusted", ["", "*", "127.0.0.1", "10.0.0.0/8, ::1"])
+def test_proxies_are_named_by_address_or_network(trusted):
+    assert ServeSettings(trust_proxy=trusted).trust_proxy == trusted
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
