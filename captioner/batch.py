@@ -224,11 +224,7 @@ def run(
         with engine, Total(given, search, part, wanted=progress is not None) as total:
             first = list(itertools.islice(pictures, 1))  # a source that is not there is said before anything is begun
             header = {**engine.identity, **plan.settings(), "shard": None if shard is None else str(part)}
-            journal.begin(header, overwrite=overwrite, defaults={"search": SearchOptions().to_dict(), **ADDED_SETTINGS})
-            try:
-                plan.check_tables(journal)
-            except DataError as err:  # before anything is done, it is the use that is wrong
-                raise ConfigError(str(err)) from err
+            _begin(journal, plan, header, overwrite=overwrite)
             kept: dict[str, Any] = {"limits": search["limits"], "picture_limits": picture_limits, "keep": _lists(given)}
             writers = {replace: plan.writers(replace=replace, **kept) for replace in (False, True)}
             work = _Run(
@@ -249,6 +245,15 @@ def run(
                 raise
             work.end()
         return work.summary()
+
+
+def _begin(journal: Journal, plan: Outputs, header: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Go on with an output, or begin it, and refuse to replace what is not ours."""
+    journal.begin(header, overwrite=overwrite, defaults={"search": SearchOptions().to_dict(), **ADDED_SETTINGS})
+    try:
+        plan.check_tables(journal)
+    except DataError as err:  # before anything is done, it is the use that is wrong
+        raise ConfigError(str(err)) from err
 
 
 @dataclass(eq=False)

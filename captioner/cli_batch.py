@@ -309,7 +309,7 @@ def _report(summary: Summary, *, quiet: bool, as_json: bool, overwrite: bool) ->
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary.failed.items())
         hint = f"; {summary.failed_before} of them before, --retry-failed tries again" if summary.failed_before else ""
         pictures = failed + summary.captioned + summary.skipped
-        _tell(lambda: complain(f"{failed} of {pictures} pictures could not be captioned: {kinds}{hint}"))
+        _tell(lambda: complain(f"{failed} of {pictures} pictures have an error on record: {kinds}{hint}"))
     goes_on = f"the same command {'without --overwrite ' if overwrite else ''}goes on from here"
     if summary.stopped == "interrupted":
         _tell(lambda: complain(f"interrupted; {goes_on}"))

@@ -12,12 +12,13 @@ Names and texts stand there as hashes, so that a line is short.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from captioner.errors import ConfigError
 
@@ -26,6 +27,9 @@ READ = (1, 2)
 """Versions that are read: the first had no hashes of texts and tables."""
 TEXT_BYTES = 9
 """Of the hash of a text: one byte for its kind, eight of the hash itself."""
+
+COPIED = 1000
+"""Pictures in a line of the journal that is written anew."""
 
 REMEDY = "--overwrite starts anew; or name another output"
 
@@ -103,6 +107,57 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def batch_line(entries: Iterable[Entry], data: bytes) -> bytes:
     """Return the line of a batch."""
     return encode({"pictures": [entry.to_json() for entry in entries], "crc32": zlib.crc32(data)})
+
+
+def lines_of(progress: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the whole lines of a journal and where each ends.
+
+    Args:
+        progress: path of the journal.
+
+    Yields:
+        Content and end; half a line at the end is passed over.
+
+    Raises:
+        ConfigError: when a line is no JSON.
+    """
+    end = 0
+    with progress.open("rb") as file:
+        for line in file:
+            end += len(line)
+            if not line.endswith(b"\n"):
+                return  # the process ended while it was written
+            try:
+                content = json.loads(line)
+            except ValueError as err:
+                raise ConfigError(f"{progress}: damaged; {REMEDY}") from err
+            yield content, end
+
+
+def copied(parts: Iterable[tuple[Entry, int, Path]]) -> Iterator[tuple[list[Entry], bytes]]:
+    """Yield batches of entries and their records, read from where they are.
+
+    Args:
+        parts: entry, where its record begins, and in which file.
+
+    Yields:
+        As many as make a line of the journal, with their records.
+    """
+    batch: list[Entry] = []
+    data = bytearray()
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, IO[bytes]] = {}
+        for entry, begin, path in parts:
+            if path not in files:
+                files[path] = stack.enter_context(path.open("rb"))
+            files[path].seek(begin)
+            data += files[path].read(entry.length)
+            batch.append(entry)
+            if len(batch) == COPIED:
+                yield batch, bytes(data)
+                batch, data = [], bytearray()
+    if batch:
+        yield batch, bytes(data)
 
 
 _RECORD = b'{"image": '

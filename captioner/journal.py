@@ -42,7 +42,9 @@ from captioner.entries import (
     Known,
     batch_line,
     compare,
+    copied,
     encode,
+    lines_of,
     may_be_ours,
     name_hash,
     pieces,
@@ -51,9 +53,6 @@ from captioner.entries import (
 from captioner.errors import CaptionerError, ConfigError
 
 __all__ = ["Entry", "Journal", "Known", "disk_fault", "name_hash", "state_hash"]
-
-COPIED = 1000
-"""Pictures in a line of the journal that is written anew."""
 
 
 class Journal:
@@ -178,7 +177,7 @@ class Journal:
         """
         self._forget()
         self._end = self._journal_end = 0
-        lines = self._lines()
+        lines = lines_of(self.progress)
         first = next(lines, None)
         if (
             first is None
@@ -196,20 +195,6 @@ class Journal:
                 self._journal_end = end
         if first[0]["version"] == 1 and self.finished is not None:
             self.header["overwriting"] = False  # which that version did not note
-
-    def _lines(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield the whole lines of the journal and where each ends."""
-        end = 0
-        with self.progress.open("rb") as file:
-            for line in file:
-                end += len(line)
-                if not line.endswith(b"\n"):
-                    return  # the process ended while it was written
-                try:
-                    content = json.loads(line)
-                except ValueError as err:
-                    raise ConfigError(f"{self.progress}: damaged; {REMEDY}") from err
-                yield content, end
 
     def _accept(self, line: dict[str, Any], records: IO[bytes]) -> bool:
         """Take a line of the journal in; return False for a batch whose records are not all there."""
@@ -372,7 +357,7 @@ class Journal:
     def entries(self) -> Iterator[tuple[Entry, int]]:
         """Yield every entry, and where its record begins; those of superseded records too."""
         begin = 0
-        for line, end in self._lines():
+        for line, end in lines_of(self.progress):
             if end > self._journal_end:
                 return
             for values in line.get("pictures", ()):
@@ -404,7 +389,7 @@ class Journal:
             CaptionerError: when the disk is full or fails; what was here before is there still.
         """
         with self._disk(self.progress):
-            self._replace(header, _copied(parts), notes)
+            self._replace(header, copied(parts), notes)
             self.read()
             self._open()
 
@@ -487,25 +472,6 @@ def disk_fault(path: Path, err: OSError) -> CaptionerError:
         f"{path}: cannot be written: {err.strerror or err}; what was written before is intact: make room or mend it, "
         "and the same command goes on from there (without --overwrite, which would begin anew)"
     )
-
-
-def _copied(parts: Iterable[tuple[Entry, int, Path]]) -> Iterator[tuple[list[Entry], bytes]]:
-    """Yield batches of entries and their records, read from where they are."""
-    batch: list[Entry] = []
-    data = bytearray()
-    with contextlib.ExitStack() as stack:
-        files: dict[Path, IO[bytes]] = {}
-        for entry, begin, path in parts:
-            if path not in files:
-                files[path] = stack.enter_context(path.open("rb"))
-            files[path].seek(begin)
-            data += files[path].read(entry.length)
-            batch.append(entry)
-            if len(batch) == COPIED:
-                yield batch, bytes(data)
-                batch, data = [], bytearray()
-    if batch:
-        yield batch, bytes(data)
 
 
 def _write_all(file: io.FileIO, data: bytes, *, sync: bool = True) -> None:

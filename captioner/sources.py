@@ -1,9 +1,9 @@
 """Where pictures come from: files, folders, globs, manifests, archives and standard input → `SourcePicture`s.
 
 A source that turns out to be damaged, a bad line of a list and a folder that cannot be read are pictures too, ones that
-fail: what comes after them is found all the same. Nothing is opened but lists and archives, and nothing is held but one
-folder's names at a time. The same sources give the same pictures in the same order: sources as given, a folder by the
-code points of the paths, an archive as it is.
+fail: what comes after them is found all the same. Nothing is opened but lists and archives; of what was met a number is
+held, and of folders the names of one at a time. The same sources give the same pictures in the same order: sources as
+given, a folder by the code points of the paths, an archive as it is.
 
 Where a result lies in a mirrored output, `SourcePicture.relative`, is below the nearest folder that holds all sources
 (an archive counts as a folder), so that no two pictures share a place.

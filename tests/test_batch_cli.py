@@ -58,7 +58,7 @@ def test_a_folder_is_captioned_and_the_status_says_that_some_failed(batch, sourc
     lines = result.stderr.splitlines()
     assert any(line.startswith(f"error: {bad}: ") for line in lines)
     assert f"{COUNT - 1} captioned: {tmp_path / 'out.jsonl'}" in lines
-    assert lines[-1] == f"error: 1 of {COUNT} pictures could not be captioned: 1 ImageReadError"
+    assert lines[-1] == f"error: 1 of {COUNT} pictures have an error on record: 1 ImageReadError"
     again = batch(source, "-o", tmp_path / "out.jsonl")
     assert again.exit_code == 3
     assert f"0 captioned, {COUNT - 1} done before" in again.stderr
