@@ -234,7 +234,7 @@ class ServiceMiddleware:
                 raise
             raise unknown_call() from err
         finally:
-            if direct or exchange.status != 200:
+            if direct or exchange.status not in (200, 202):
                 place.drop()
         if route in ("call", "queue/join") and (call := answer.event()):
             session = value.get("session_hash") if isinstance(value, dict) else None

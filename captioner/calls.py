@@ -66,7 +66,8 @@ def pictures(route: str | None, path: str, value: Any) -> int:
         return 0
     if route in ("call", "run") and _endpoint(path) == _BATCH:
         data = value.get("data")
-        return _count(value.get(_PICTURES) or (data[0] if isinstance(data, list) and data else None))
+        first = data[0] if isinstance(data, list) and data else None
+        return _count(value.get(_PICTURES, first))
     return 1
 
 

@@ -7,6 +7,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import loops
@@ -21,6 +22,7 @@ from captioner.asgi import ServiceMiddleware
 from captioner.door import OpenDoor, wait_for_answers
 from captioner.errors import ServiceBusyError, ServiceClosedError
 from captioner.exchange import path_of
+from captioner.requests import Place
 from captioner.service import ServiceLimits
 
 pytest_plugins = ("asked",)
@@ -81,6 +83,78 @@ def test_while_closing_answers_are_still_fetched_and_requests_cancelled(ask, ser
     assert ask("GET", "/gradio_api/call/caption/abc").status == 200
     assert ask("GET", "/gradio_api/queue/data").status == 200
     assert ask("POST", "/gradio_api/cancel", b"{}").status == 200
+
+
+def batch(count):
+    return {"images": [{"path": None}] * count}
+
+
+def tool(name, arguments):
+    return {"method": "tools/call", "params": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "places"),
+    [
+        ("call/v2/caption", {"image": "x"}, [1]),
+        ("run/score", {"data": ["x", "a dog"]}, [1]),
+        ("queue/join", {"fn_index": 0, "data": []}, [1]),
+        ("call/v2/caption_batch", batch(5), [5]),
+        ("call/caption_batch", {"data": [["x"] * 3, None]}, [3]),
+        ("call/v2/caption_batch", batch(0), []),
+        ("call/v2/caption_batch", {"images": "x"}, [1]),
+        ("call/v2/caption_batch", batch(300), [1]),  # more than ever fit: the endpoint says so
+        ("mcp/", tool("caption", {"image": "x"}), [1]),
+        ("mcp/", tool("caption_batch", {"images": ["x"] * 4}), [4]),
+        ("mcp/", {"method": "tools/list"}, []),
+        ("cancel", {"event_id": "x"}, []),
+    ],
+    ids=str,
+)
+def test_a_place_is_taken_at_the_door_for_every_picture(ask, service, route, body, places):
+    asked = []
+    service.reserve = lambda count: asked.append(count) or Place()
+    assert ask("POST", f"/gradio_api/{route}", body).status == 200
+    assert asked == places
+
+
+@pytest.mark.parametrize("route", ["call/caption", "queue/join", "run/caption", "mcp/"])
+def test_without_a_place_a_request_is_refused_at_the_door(ask, service, app, route):
+    def full(count):
+        raise ServiceBusyError("full", retry_after_s=7)
+
+    service.reserve = full
+    body = tool("caption", {"image": "x"}) if route == "mcp/" else {"data": []}
+    answer = ask("POST", f"/gradio_api/{route}", body)
+    assert (answer.status, answer.headers[b"retry-after"]) == (503, b"7")
+    assert app.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "dropped"),
+    [
+        ("run/caption", 200, True),
+        ("mcp/", 200, True),
+        ("call/caption", 400, True),
+        ("queue/join", 422, True),
+        ("call/caption", 200, False),
+        ("queue/join", 200, False),
+        ("mcp/messages/", 202, False),
+    ],
+)
+def test_a_place_is_given_back_where_nothing_more_comes_of_the_request(ask, service, route, status, dropped):
+    told = []
+    place = SimpleNamespace(drop=lambda: told.append(True))
+    service.reserve = lambda count: place
+
+    async def answering_so(scope, receive, send):
+        assert scope[asgi.PLACE] is place
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send(END)
+
+    body = tool("caption", {"image": "x"}) if route.startswith("mcp") else {"data": []}
+    ask("POST", f"/gradio_api/{route}", body, inner=answering_so)
+    assert bool(told) == dropped
 
 
 # --- Sizes ---

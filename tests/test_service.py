@@ -1,5 +1,7 @@
 """Laws of the service: every request gets exactly one answer, its own, in fair order; a fault is nobody else's."""
 
+import contextlib
+import contextvars
 import math
 import sys
 import threading
@@ -26,7 +28,7 @@ from captioner.errors import (
     ServiceTimeoutError,
 )
 from captioner.prepared import PreparedPicture
-from captioner.requests import Callers, Turnstile
+from captioner.requests import PLACED, Callers, Turnstile
 from captioner.service import Service as RealService
 from captioner.service import ServiceLimits
 from captioner.telemetry import Telemetry
@@ -369,6 +371,96 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make, captioner
     captioner.door.set()
     assert [answer(future) for future in (first, *waiting)] == [("first", 3), ("0", 3), ("1", 3)]
     assert service.refusal() is None
+
+
+@contextlib.contextmanager
+def with_place(place):
+    """Work for the one who was given this place at the door."""
+    token = PLACED.set(place)
+    try:
+        yield
+    finally:
+        PLACED.reset(token)
+
+
+def test_who_was_let_in_at_the_door_has_a_place_and_who_comes_meanwhile_has_none(make, captioner):
+    service = make(max_queue=2)
+    first = held(service, captioner)
+    one, other = service.reserve(1), service.reserve(1)
+    assert service.waiting == 2
+    for refused in (service.reserve, lambda count: service.submit(picture("late"))):
+        with pytest.raises(ServiceBusyError):
+            refused(1)
+    with with_place(one):
+        future = service.submit(picture("one"))
+        assert service.waiting == 2
+        with pytest.raises(ServiceBusyError):  # a place is for one request
+            service.submit(picture("two"))
+    other.drop()
+    other.drop()
+    assert service.waiting == 1
+    with with_place(other):  # it was given back: it gives no right any more, and takes none
+        last = service.submit(picture("last"))
+    captioner.door.set()
+    assert [answer(each) for each in (first, future, last)] == [("first", 3), ("one", 3), ("last", 3)]
+
+
+@pytest.mark.parametrize(("reserved", "needed"), [(3, 2), (2, 3), (1, 1)])
+def test_a_request_takes_as_many_places_as_it_needs_whatever_was_reserved(make, captioner, reserved, needed):
+    service = make(max_queue=3)
+    first = held(service, captioner)
+    with with_place(service.reserve(reserved)):
+        given = [picture(number) for number in range(needed)]
+        run = contextvars.copy_context().run
+        caller = threading.Thread(target=run, args=(service.caption_batch, given))
+        caller.start()
+        until(lambda: service.waiting == needed)
+    captioner.door.set()
+    caller.join(LONG_S)
+    assert answer(first) == ("first", 3)
+    assert service.waiting == 0
+
+
+def test_places_that_nobody_uses_are_free_after_the_time_limit(make):
+    service = make(max_queue=1, timeout_s=0.05)
+    place = service.reserve(1)
+    until(lambda: service.waiting == 0)
+    with with_place(place), pytest.raises(ServiceTimeoutError):
+        service.caption(picture("late"))
+    assert service.caption(picture("next")) == ("next", 3)
+
+
+def test_the_model_does_not_wait_for_places_that_nobody_works_at(make):
+    service = make(max_wait_ms=1000.0, timeout_s=LONG_S)
+    service.reserve(1)
+    assert service._batcher._patience_s(1) == 0
+    assert service.caption(picture("alone")) == ("alone", 3)
+
+
+def test_closing_does_not_wait_for_places_that_nobody_works_at(make):
+    service = make(timeout_s=LONG_S)
+    place = service.reserve(1)
+    service.close(drain_s=1e6)
+    with with_place(place), pytest.raises(ServiceClosedError):
+        service.caption(picture("late"))
+
+
+def test_a_service_that_drains_gives_no_places_at_the_door(make):
+    service = make()
+    place = service.reserve(1)
+    service.drain()
+    with pytest.raises(ServiceClosedError):
+        service.reserve(1)
+    with with_place(place):
+        assert service.caption(picture("inside")) == ("inside", 3)
+
+
+def test_a_place_of_one_service_is_none_in_another(make):
+    service, other = make(max_queue=1), make(max_queue=1)
+    with with_place(service.reserve(1)):
+        assert other.caption(picture("there")) == ("there", 3)
+        assert service.waiting == 1
+        assert service.caption(picture("here")) == ("here", 3)
 
 
 def test_a_batch_is_admitted_whole_or_not_at_all(make, captioner):
