@@ -15,10 +15,14 @@ from PIL import Image
 from pointing import CELLS, FIRST_READING, GRID_HW, HEADS, LAYERS, PointingCaptioner, head_cell
 
 from captioner import ConfigError, SearchError, SearchOptions, page
+from captioner.errors import ImageTooLargeError
+from captioner.images import ImageLimits, open_picture
 from captioner.overlay import COLOUR_MAP
 from captioner.service import Service, ServiceLimits
+from captioner.serving import UPLOAD_AGE_S
 
 CAPTIONER = PointingCaptioner()
+GONE = "The photo was deleted after an hour; choose it again."
 PARTS = ("strip", "stage", "compare")
 FILES = [f"{part}.{kind}" for part in PARTS for kind in ("html", "css", "js")] + ["viewer.css", "viewer.js", "page.css"]
 
@@ -162,10 +166,36 @@ def test_a_bad_file_gives_one_line_with_the_users_name_for_it_and_no_path(tmp_pa
     assert not message["keep"]
 
 
-def test_a_photo_that_is_gone_gives_an_error_without_its_path(tmp_path):
-    (message,) = told(str(tmp_path / "gone.jpg"), name="holiday.jpg")
-    assert "no such file" in message["error"]
-    assert str(tmp_path) not in message["error"]
+def test_a_photo_that_is_gone_is_asked_for_again_and_what_was_found_of_it_stays(tmp_path):
+    before = last(photo(tmp_path))
+    gone = str(tmp_path / "gone.jpg")
+    (message,) = told(gone, name="holiday.jpg")
+    assert message == {"run": 7, "error": GONE, "keep": True}
+    assert page.tell_score(CAPTIONER, gone, "holiday.jpg", "a dog", run=7)["score_error"] == GONE
+    *_, end = page.tell_compare({"other": CAPTIONER}, gone, {}, before, own_name="own")
+    assert end["models"][1]["error"] == GONE
+    assert UPLOAD_AGE_S == 3600
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_pixels": 599}, "This picture is too large for this page (at most 0.000599 megapixels)"),
+        ({"max_bytes": 512}, "This picture is too large for this page (at most 0.000488281 MB)"),
+        (None, "This picture is too large for this page; choose a smaller one."),
+    ],
+)
+def test_a_picture_that_is_too_large_is_refused_without_advice_for_who_runs_the_page(tmp_path, limits, said):
+    class Limited(PointingCaptioner):
+        def open(self, picture, *, name=None, side_px=None):
+            if limits is None:
+                raise ImageTooLargeError("photo.jpg: more pixels than Pillow allows")
+            return open_picture(picture, name=name, side_px=side_px, limits=ImageLimits(**limits))
+
+    (message,) = told(photo(tmp_path), model=Limited())
+    assert message["error"].startswith(said)
+    assert "raise" not in message["error"]
+    assert not message["keep"]
 
 
 def test_an_error_of_the_model_about_the_file_shows_no_path(tmp_path):
@@ -187,7 +217,7 @@ def test_a_picture_over_the_services_limit_is_never_looked_at(tmp_path, tiny_cap
     with Service(tiny_captioner, limits=ServiceLimits(max_pixels=100 * 50 - 1)) as service:
         (message,) = told(large, "holiday.jpg", model=service)
         assert "phase" not in message
-        assert "limit" in message["error"]
+        assert "too large for this page" in message["error"]
         assert told(photo(tmp_path, (90, 50)), model=service)[0]["phase"] == "looking"
 
 

@@ -17,6 +17,7 @@ import io
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 
 from captioner.caption import Caption, Word
 from captioner.config import SearchOptions
-from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
+from captioner.errors import CaptionerError, ConfigError, ImageError, ImageTooLargeError, SearchError
 from captioner.images import Picture
 from captioner.templates import alt_text
 
@@ -242,7 +243,8 @@ def tell(model: Model, path: str, name: str, options: Mapping[str, Any], *, run:
             yield {**message, "captions": [_words(words)]}
         captions = _captions(model, path, name, options)
     except CaptionerError as err:
-        yield {"run": run, "error": said(err, path, name), "keep": not isinstance(err, ImageError)}
+        keep = _is_gone(err, path) or not isinstance(err, ImageError)
+        yield {"run": run, "error": _said_here(err, path, name), "keep": keep}
     else:
         yield {**message, "phase": "done", "captions": captions}
 
@@ -286,7 +288,7 @@ def tell_score(model: Model, path: str, name: str, sentence: str, *, run: int) -
     try:
         return {**answer, "scored": caption_values(model.score(path, sentence), name)}
     except CaptionerError as err:
-        return {**answer, "score_error": said(err, path, name)}
+        return {**answer, "score_error": _said_here(err, path, name)}
 
 
 def tell_compare(
@@ -312,7 +314,7 @@ def tell_compare(
         try:
             columns.append({"name": name, "captions": _captions(model, path, told["name"], options)})
         except CaptionerError as err:
-            columns.append({"name": name, "error": said(err, path, told["name"])})
+            columns.append({"name": name, "error": _said_here(err, path, told["name"])})
     if others:
         yield {**message, "models": columns}
 
@@ -332,6 +334,23 @@ def said(err: Exception, source: str | bytes, name: str) -> str:
     text = str(err).replace(shown, name)
     # A very long path is shortened in messages, and would not be found.
     return f"{name}: cannot be used; try another picture" if shown[:100] in text else text
+
+
+def _said_here(err: CaptionerError, path: str, name: str) -> str:
+    """Say an error to who uses the page, and can neither raise a limit nor look at a path."""
+    if _is_gone(err, path):
+        return "The photo was deleted after an hour; choose it again."
+    if not isinstance(err, ImageTooLargeError):
+        return said(err, path, name)
+    limit = re.search(r"the limit of (\d+) (pixels|bytes)", str(err))  # a frame may be larger than its file says
+    units = {"pixels": (1e6, "megapixels"), "bytes": (2**20, "MB")}
+    size, unit = units[limit[2]] if limit else (1, "")
+    most = f" (at most {int(limit[1]) / size:g} {unit})" if limit else ""
+    return f"This picture is too large for this page{most}; choose a smaller one."
+
+
+def _is_gone(err: CaptionerError, path: str) -> bool:
+    return isinstance(err, ImageError) and not Path(path).exists()
 
 
 # --- Pictures and colours ---
