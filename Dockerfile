@@ -1,5 +1,6 @@
 # The page and its API on a CPU. Build once with a network; it runs without one.
-#   docker build -t captioner . && docker run --rm -p 127.0.0.1:7860:7860 captioner
+#   docker build -t captioner . && docker run --rm --stop-timeout 60 -p 127.0.0.1:7860:7860 captioner
+# Without `--stop-timeout` Docker kills it after 10 s; open requests have 30.
 FROM python:3.11-slim
 
 # A user of its own, who owns nothing but the folder of uploads.

@@ -273,6 +273,46 @@ def _from_tensor(tensor: torch.Tensor, limits: ImageLimits) -> tuple[Image.Image
 # --- Bytes ---
 
 
+def pixels_to_decode(source: Source, *, limits: ImageLimits = DEFAULT_LIMITS, side_px: int | None = None) -> int:
+    """Return how many pixels memory is needed for while a picture is opened, from its head alone.
+
+    Args:
+        source: any of `Source`.
+        limits: of pixels; more are never decoded.
+        side_px: as for `open_picture`.
+
+    Returns:
+        The pixels; 1 for what is no picture, or is decoded already.
+    """
+    try:
+        if isinstance(source, bytes):
+            size_wh_px, format_name = _head(io.BytesIO(source))
+        elif isinstance(source, str | os.PathLike) and Path(source).is_file():
+            with Path(source).open("rb") as file:
+                size_wh_px, format_name = _head(file)
+        else:
+            return limits.max_pixels if hasattr(source, "read") else 1
+    except Exception:  # as of damaged bytes: `open_picture` says what is wrong with it
+        return 1
+    if size_wh_px is None:
+        return limits.max_pixels
+    # A JPEG at reduced scale: libjpeg holds the coefficients of all pixels, and at most a quarter of the pixels.
+    reduced = format_name == "JPEG" and side_px is not None and min(size_wh_px) >= 4 * side_px
+    return max(1, min(size_wh_px[0] * size_wh_px[1], limits.max_pixels) // (4 if reduced else 1))
+
+
+def _head(file: IO[bytes]) -> tuple[tuple[int, int] | None, str | None]:
+    """Return width and height, unless all would have to be decoded for them, and the format."""
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    format_name = _format_of(head)
+    if format_name == "WebP":
+        return _webp_canvas_wh(head), format_name
+    if format_name is None:
+        return (1, 1), None
+    return (None if format_name in ("AVIF", "HEIC") else _DECODERS[format_name](file).size), format_name
+
+
 def _decode(data: bytes, limits: ImageLimits, side_px: int | None) -> tuple[Image.Image, tuple[int, int]]:
     format_name = _format_of(data)
     if not data:

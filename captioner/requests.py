@@ -249,40 +249,62 @@ class Turnstile:
 
     Args:
         places: how many threads may be in.
+        capacity: what those inside may weigh together; None for no limit.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, *, capacity: int | None = None) -> None:
         self._lock = threading.Lock()
-        self._free = places
-        self._line: deque[threading.Event] = deque()
+        self._free, self._capacity = places, capacity
+        self._inside = 0
+        self._line: deque[tuple[threading.Event, int]] = deque()
 
-    def enter(self, deadline_s: float) -> bool:
-        """Wait for a place; False when there was none until then, on the clock of `time.monotonic`."""
+    def enter(self, deadline_s: float, *, weight: int = 0) -> bool:
+        """Wait for a place; False when there was none until then, on the clock of `time.monotonic`.
+
+        Args:
+            deadline_s: until when.
+            weight: of the one who enters; one that is too heavy for the capacity goes in alone.
+
+        Returns:
+            Whether there was a place; `leave` gives it back.
+        """
+        mine = (threading.Event(), weight)
         with self._lock:
-            if self._free and not self._line:
-                self._free -= 1
-                return True
-            mine = threading.Event()
             self._line.append(mine)
+            self._let_in()
         came = False
         try:
-            came = mine.wait(max(0.0, deadline_s - time.monotonic()))
+            came = mine[0].wait(max(0.0, deadline_s - time.monotonic()))
         finally:
             if not came:
                 with self._lock:
-                    if mine.is_set():  # in this very moment
+                    if mine[0].is_set():  # in this very moment
                         came = True
                     else:
                         self._line.remove(mine)
+                        self._let_in()  # who stood behind may be lighter
         return came
 
-    def leave(self) -> None:
-        """Hand the place to the next in line."""
+    def leave(self, *, weight: int = 0) -> None:
+        """Hand the place to the next in line.
+
+        Args:
+            weight: as for `enter`.
+        """
         with self._lock:
-            if self._line:
-                self._line.popleft().set()
-            else:
-                self._free += 1
+            self._free += 1
+            self._inside -= weight
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while self._line and self._free:
+            event, weight = self._line[0]
+            if self._capacity is not None and self._inside and self._inside + weight > self._capacity:
+                return
+            self._line.popleft()
+            self._free -= 1
+            self._inside += weight
+            event.set()
 
 
 class RequestRecord:

@@ -23,16 +23,20 @@ from captioner.batching import Batcher, Ticket
 from captioner.caption import Caption, Word
 from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
-from captioner.images import ImageLimits, Picture, Source, open_picture
+from captioner.images import ImageLimits, Picture, Source, open_picture, pixels_to_decode
 from captioner.prepared import PreparedPicture, prepare
 from captioner.requests import CALLER, PLACED, Place, RequestRecord, Turnstile, WordStream
 from captioner.telemetry import Telemetry
+from captioner.threads import available_cpus
 
 ROWS_LIMIT = 512
 """Hypotheses that a batch may hold: a search with a wide beam gets smaller batches."""
 
-DECODERS = min(4, os.cpu_count() or 1)
-"""Pictures that are decoded at a time: decoding takes up to about 20 bytes of memory per pixel."""
+MAX_DECODERS = 4
+"""Pictures that are decoded at a time, at most."""
+
+DECODING_PIXELS = 50_000_000
+"""Pixels of the pictures that are decoded at a time, together: each takes up to about 20 bytes of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,9 @@ class Service:
         self.limits = limits
         self.telemetry = telemetry or Telemetry()
         self._image_limits = ImageLimits(max_pixels=limits.max_pixels, max_bytes=limits.max_upload_bytes)
-        self._decoding = Turnstile(DECODERS)
+        self._decoding = Turnstile(
+            min(MAX_DECODERS, available_cpus()), capacity=max(DECODING_PIXELS, limits.max_pixels)
+        )
         self._draining = False
         self._batcher = Batcher(
             self._run,
@@ -327,7 +333,7 @@ class Service:
         with (
             RequestRecord(self.telemetry, "open", pictures=1),
             self._places(1) as ticket,
-            self._decoder(ticket.deadline_s),
+            self._decoder(ticket.deadline_s, picture, side_px),
         ):
             return open_picture(picture, name=name, limits=self._image_limits, side_px=side_px)
 
@@ -372,20 +378,21 @@ class Service:
         if isinstance(picture, PreparedPicture):
             _require_present()
             return self.captioner.prepare(picture)
-        with self._decoder(deadline_s):
+        with self._decoder(deadline_s, picture, self.captioner.config.preprocessing.side_px):
             return prepare(picture, self.captioner.config.preprocessing, limits=self._image_limits)
 
     @contextlib.contextmanager
-    def _decoder(self, deadline_s: float) -> Iterator[None]:
+    def _decoder(self, deadline_s: float, picture: Source, side_px: int | None) -> Iterator[None]:
         """Take a turn at the decoder."""
         _require_present()
-        if not self._decoding.enter(deadline_s):
+        weight = pixels_to_decode(picture, limits=self._image_limits, side_px=side_px)
+        if not self._decoding.enter(deadline_s, weight=weight):
             raise ServiceTimeoutError("the picture was not decoded within the time limit; try again later")
         try:
             _require_present()
             yield
         finally:
-            self._decoding.leave()
+            self._decoding.leave(weight=weight)
 
     # --- In the model thread ---
 

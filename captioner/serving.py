@@ -18,6 +18,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,6 +334,7 @@ def finish(service: Service) -> None:
     Args:
         service: before the model.
     """
+    end_s = time.monotonic() + DRAIN_S  # one for both: whoever ends us waits no longer either
     service.drain()
     wait_for_answers(service.telemetry, timeout_s=DRAIN_S)
-    service.close()
+    service.close(max(0.0, end_s - time.monotonic()))

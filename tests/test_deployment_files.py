@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from captioner.service import DECODING_PIXELS, ServiceLimits
+from captioner.serving import DRAIN_S
+
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED_AS = {"pillow": "PIL"}
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -74,6 +78,24 @@ def test_the_image_runs_as_a_user_of_its_own_and_starts_the_command_itself():
 @pytest.mark.parametrize("option", ["read_only: true", 'tmpfs: ["/tmp', "cap_drop: [ALL]", "no-new-privileges:true"])
 def test_the_composition_takes_rights_away(option):
     assert option in (ROOT / "compose.yaml").read_text()
+
+
+def number(pattern):
+    """Return the number in a line of the composition."""
+    return int(re.search(pattern, (ROOT / "compose.yaml").read_text())[1])
+
+
+def test_the_memory_of_the_composition_holds_all_that_may_be_there_at_once():
+    uploads_mib, files_mib = number(r'"--max-uploads-mb", "(\d+)"'), number(r"/tmp:size=(\d+)m")
+    assert uploads_mib < files_mib
+    decoding_bytes = 20 * max(DECODING_PIXELS, ServiceLimits().max_pixels)
+    at_rest_bytes = 400 * 2**20  # measured: 341 MiB with the bundled model
+    assert at_rest_bytes + decoding_bytes + files_mib * 2**20 < number(r"mem_limit: (\d)g") * 2**30
+
+
+def test_who_ends_the_image_waits_for_open_requests():
+    for seconds in (number(r"stop_grace_period: (\d+)s"), int(re.search(r"--stop-timeout (\d+)", DOCKERFILE)[1])):
+        assert seconds > DRAIN_S + 10
 
 
 def test_the_port_is_published_to_this_machine_alone():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.errors import ConfigError, ImageReadError, ImageTooLargeError
-from captioner.images import ImageLimits, Picture, open_picture
+from captioner.images import ImageLimits, Picture, open_picture, pixels_to_decode
 
 FILES = pictures.files()
 COLOUR_MODES = ["RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
@@ -732,3 +732,31 @@ def test_threads_open_pictures_without_a_warning_or_a_trace_of_one():
         assert not caught
         assert not failures
         assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF"])
+def test_the_pixels_to_decode_are_known_from_the_head(tmp_path, format_name):
+    data = pictures.encode(pictures.gradient(), format_name)
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    for source in (data, str(path), path):
+        assert pixels_to_decode(source) == 64 * 40
+        assert pixels_to_decode(source, limits=ImageLimits(max_pixels=100)) == 100
+        assert pixels_to_decode(source, side_px=10) == 64 * 40 // (4 if format_name == "JPEG" else 1)
+        assert pixels_to_decode(source, side_px=11) == 64 * 40
+
+
+def test_where_the_pixels_are_not_known_they_are_as_many_as_may_be_and_of_no_picture_one(tmp_path):
+    limits = ImageLimits(max_pixels=1000)
+    assert pixels_to_decode(pictures.encode(pictures.gradient(), "AVIF"), limits=limits) == 1000
+    assert pixels_to_decode(io.BytesIO(pictures.encode(pictures.gradient(), "PNG")), limits=limits) == 1000
+    for nothing in (
+        b"",
+        b"no picture",
+        b"\x89PNG\r\n\x1a\n cut off",
+        tmp_path,
+        tmp_path / "absent",
+        pictures.gradient(),
+        None,
+    ):
+        assert pixels_to_decode(nothing, limits=limits) == 1

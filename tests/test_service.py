@@ -29,8 +29,8 @@ from captioner.errors import (
 )
 from captioner.prepared import PreparedPicture
 from captioner.requests import PLACED, Callers, Turnstile
+from captioner.service import DECODING_PIXELS, MAX_DECODERS, ServiceLimits
 from captioner.service import Service as RealService
-from captioner.service import ServiceLimits
 from captioner.telemetry import Telemetry
 
 LONG_S = 30.0  # no test waits so long unless it fails
@@ -816,6 +816,66 @@ def test_the_turnstile_forgets_who_gave_up():
     assert not turnstile.enter(0.0)
     turnstile.leave()
     assert turnstile.enter(0.0)
+
+
+def test_together_those_inside_weigh_no_more_than_the_capacity_and_the_line_keeps_its_order():
+    turnstile = Turnstile(4, capacity=100)
+    order, threads = [], []
+
+    def pass_through(weight):
+        assert turnstile.enter(time.monotonic() + LONG_S, weight=weight)
+        order.append(weight)
+
+    assert turnstile.enter(0.0, weight=60)
+    for number, weight in enumerate((50, 30, 20)):
+        threads.append(threading.Thread(target=pass_through, args=(weight,)))
+        threads[-1].start()
+        until(lambda number=number: len(turnstile._line) > number)
+    assert order == []  # 30 would fit, but 50 came first
+    turnstile.leave(weight=60)
+    for thread in threads:
+        thread.join(LONG_S)
+    assert sorted(order) == [20, 30, 50]
+    assert not turnstile.enter(0.0, weight=1)
+    for weight in order:
+        turnstile.leave(weight=weight)
+    assert turnstile.enter(0.0, weight=1000)  # too heavy for all, and alone
+    assert not turnstile.enter(0.0, weight=1)
+
+
+def test_when_a_heavy_one_gives_up_who_stood_behind_goes_in():
+    turnstile = Turnstile(4, capacity=100)
+    assert turnstile.enter(0.0, weight=60)
+    heavy = threading.Thread(target=turnstile.enter, args=(time.monotonic() + 0.5,), kwargs={"weight": 90})
+    heavy.start()
+    until(lambda: len(turnstile._line) == 1)
+    assert turnstile.enter(time.monotonic() + LONG_S, weight=30)
+    heavy.join(LONG_S)
+    assert turnstile._inside == 90
+
+
+def test_pictures_that_are_decoded_together_have_no_more_pixels_than_fit(make, monkeypatch):
+    service = make(max_pixels=10**6)
+    seen = []
+
+    def noting(deadline_s, *, weight):
+        seen.append(weight)
+        return True
+
+    monkeypatch.setattr(service._decoding, "enter", noting)
+    png = encode(gradient(), "PNG")
+    service.open(png)
+    service.caption(png)
+    assert seen == [64 * 40] * 2
+    assert service._decoding._capacity == DECODING_PIXELS
+    assert make(max_pixels=2 * DECODING_PIXELS)._decoding._capacity == 2 * DECODING_PIXELS
+
+
+def test_no_more_pictures_are_decoded_at_a_time_than_there_are_processors(make, monkeypatch):
+    monkeypatch.setattr("captioner.service.available_cpus", lambda: 1)  # of a container's quota
+    assert make()._decoding._free == 1
+    monkeypatch.setattr("captioner.service.available_cpus", lambda: 64)
+    assert make()._decoding._free == MAX_DECODERS
 
 
 # --- Limits ---

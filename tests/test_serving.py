@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from captioner import Captioner, ConfigError, cli, serving
 from captioner.model import DECODERS
 from captioner.serving import ServeSettings, Stopping, read_users, title
+from captioner.telemetry import Telemetry
 
 PNG = encode(gradient(), "PNG")
 
@@ -193,6 +195,15 @@ def test_folders_of_processes_that_live_are_left_alone(tmp_path):
     finally:
         other.communicate("")
     assert not mine.exists()
+
+
+def test_the_end_has_one_deadline_for_all_that_is_open(monkeypatch):
+    monkeypatch.setattr(serving, "DRAIN_S", 0.05)
+    told = []
+    telemetry = Telemetry()
+    telemetry.http_open.add(1)  # one that never ends
+    serving.finish(SimpleNamespace(drain=lambda: None, telemetry=telemetry, close=told.append))
+    assert told == [0.0]
 
 
 def test_a_second_interrupt_does_not_wait():
