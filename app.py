@@ -429,6 +429,10 @@ def start(
     door = door or OpenDoor()
     guard: dict[str, Any] = {"uploads": UPLOADS, "endpoints": NAMES, "users": users}
     guard |= {"known": functools.partial(_is_known, page), "forget": functools.partial(_forget, page)}
+    picture = next(iter(sorted(EXAMPLES.glob("*.jpg"))), None)
+    guard["picture"] = None if picture is None else picture.read_bytes()
+    if os.getenv("SPACE_ID"):  # Hugging Face shows a Space inside a page of its own
+        guard["frames"] = "'self' https://huggingface.co"
     guard |= {"leave": CALLERS.leave, "give_up": functools.partial(_give_up, page), "calls": _calls(page)}
     before = Middleware(ServiceMiddleware, service=door, **guard)
     os.environ["FORWARDED_ALLOW_IPS"] = trust_proxy  # Gradio's server reads it, and believes this machine otherwise

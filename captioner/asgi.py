@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from weakref import WeakValueDictionary
 
-from captioner import bodies, payloads, tools
+from captioner import bodies, payloads, preview, tools
 from captioner.answers import DirectAnswer, Unfetched, send_events
 from captioner.calls import Calls, pictures, require_call, unknown_call
 from captioner.door import Door
@@ -32,7 +32,7 @@ from captioner.errors import ServiceBusyError, ServiceError
 from captioner.exchange import App, Exchange, Message, Receive, Refusal, Scope, Send, path_of
 from captioner.logins import Logins, user_of
 from captioner.requests import Place
-from captioner.routes import HEALTH, OTHER, WORK, label_of, require_served, require_tool
+from captioner.routes import HEALTH, OTHER, WORK, label_of, require_own_origin, require_served, require_tool
 from captioner.telemetry import CONTENT_TYPE
 from captioner.uploads import UploadSpace
 
@@ -66,6 +66,8 @@ class ServiceMiddleware:
             asks for it. Without it they see what is behind.
         forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
         give_up: called with the session and the id of a call whose answer nobody fetches.
+        picture: a JPEG for those who show a link to the page.
+        frames: which sites may show the page inside theirs, as a Content-Security-Policy says it.
         leave: called with a name of what nobody waits for any more: the id of a call that was cancelled or whose client
             left, the session of a page that was closed, or `CALL` of a request.
     """
@@ -84,10 +86,13 @@ class ServiceMiddleware:
         forget: Callable[[str], None] | None = None,
         leave: Callable[[str], None] | None = None,
         give_up: Callable[[str, str], None] | None = None,
+        picture: bytes | None = None,
+        frames: str = "'self'",
     ) -> None:
         self.app = app
         self.forget, self.leave = forget, leave or _nobody
-        self.service, self.calls = service, calls
+        self.service, self.calls, self.picture = service, calls, picture
+        self._frames = (b"content-security-policy", f"frame-ancestors {frames}".encode())
         self.uploads = Path(uploads)
         self.endpoints = frozenset(name.strip("/") for name in endpoints)
         limits = service.limits
@@ -133,6 +138,11 @@ class ServiceMiddleware:
         if exchange.path in HEALTH:
             await self._say_health(exchange)
             return
+        if exchange.path == preview.PATH and self.picture and exchange.method in ("GET", "HEAD"):
+            await exchange.respond(200, self.picture, "image/jpeg")
+            return
+        if exchange.path == "/":
+            exchange.more_headers.append(self._frames)
         route = require_served(exchange, self.uploads)
         if route == "mcp":
             self._logins.require_key(exchange)
@@ -143,6 +153,10 @@ class ServiceMiddleware:
         if exchange.method in ("GET", "HEAD", "OPTIONS"):
             await self._hand_on_question(exchange)
             return
+        await self._hand_on_sent(exchange, route)
+
+    async def _hand_on_sent(self, exchange: Exchange, route: str | None) -> None:
+        """Hand on what may have a body."""
         if route not in ("mcp", "login"):
             self._logins.require_known(exchange)
         if route in WORK or route == "upload":
@@ -155,6 +169,10 @@ class ServiceMiddleware:
             length = bodies.require_length(exchange, self.max_body_bytes)
             async with self.space.upload(exchange, length or self.max_body_bytes) as count:
                 await bodies.hand_on(self.app, exchange, self.max_body_bytes, count=count)
+        elif route == "logout":
+            require_own_origin(exchange)
+            # Gradio takes a mere question for a logout, as any page of another site could ask it.
+            await self.app({**exchange.scope, "method": "GET"}, exchange.receive, exchange.send)
         else:
             await bodies.hand_on(self.app, exchange, bodies.JSON_LIMIT)
 
@@ -162,6 +180,8 @@ class ServiceMiddleware:
         """Hand on what has no body; of a stream of answers mind who listens, and when it ends."""
         call, session = _listened_to(exchange)
         send = functools.partial(send_events, exchange) if call else exchange.send
+        if exchange.path == "/" and exchange.method == "GET":
+            send = preview.PageAnswer(exchange, picture=self.picture is not None).send
         try:
             with self.unfetched.listening(call or session or ""):
                 await self.app(exchange.scope, exchange.receive, send)

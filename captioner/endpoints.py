@@ -16,24 +16,41 @@ import io
 import json
 import re
 import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, cast
 
+import PIL.Image
+
 from captioner.caption import Caption, error_record
 from captioner.config import METHODS, SearchOptions
-from captioner.errors import CaptionerError, ConfigError, ImageReadError, SearchError
+from captioner.errors import (
+    CaptionerError,
+    ConfigError,
+    ImageReadError,
+    SearchError,
+    ServiceBusyError,
+    ServiceTimeoutError,
+)
 from captioner.page import MAX_SENTENCE, Model, option_help, said, search_options
 from captioner.payloads import is_upload
+from captioner.prepared import FIGURE_SIDE_PX
+from captioner.requests import Turnstile, require_present
 
 MAX_NAME = 200
 NAMES = ("caption", "caption_batch", "score", "explain")
 _DATA = re.compile(r"data:[\w.+/;=-]{0,100}?;base64,", re.ASCII)
 
+FIGURES = 8
+"""Figures that are asked for at a time; each keeps its place from before its caption until it is drawn."""
+FIGURE_TIMEOUT_S = 60.0
+_RETRY_S = 5
+
 # Matplotlib is not made for threads.
-_DRAWING = threading.Lock()
+_DRAWING = Turnstile(1)
 
 Image = dict[str, Any] | str
 """An uploaded file as a dictionary with its "path", or the bytes of a picture as a `data:` text."""
@@ -120,6 +137,7 @@ class Endpoints:
     def __init__(self, model: Model, *, uploads: Path) -> None:
         self._model = model
         self._uploads = uploads
+        self._figures = threading.BoundedSemaphore(FIGURES)
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """Return each endpoint by its name, typed and documented."""
@@ -215,12 +233,12 @@ class Endpoints:
             raise ConfigError(f"figure must be true or false, got {figure!r:.50}")
         if sentence is not None and found:
             raise ConfigError(f"a sentence needs no search; leave out {', '.join(sorted(found))}")
-        with _named(source, name):
+        with _named(source, name), self._figure(source) if figure else contextlib.nullcontext(_nothing) as draw:
             if sentence is None:
                 caption = self._model.caption(source, **found)
             else:
                 caption = self._model.score(source, _sentence(sentence))
-            drawn = _drawn(caption) if figure else None
+            drawn = draw(caption)
         return {
             "record": caption.to_record(name),
             "words": [
@@ -231,6 +249,24 @@ class Endpoints:
             "picture_hw_px": list(caption.geometry.picture_hw_px),
             "figure": drawn,
         }
+
+    @contextlib.contextmanager
+    def _figure(self, source: str | bytes) -> Iterator[Callable[[Caption], str | None]]:
+        """Keep a place for a figure until it is drawn; yield what draws it."""
+        deadline_s = time.monotonic() + FIGURE_TIMEOUT_S
+        if not self._figures.acquire(blocking=False):
+            message = f"{FIGURES} figures are being drawn already; try again in {_RETRY_S} s"
+            raise ServiceBusyError(message, retry_after_s=_RETRY_S)
+
+        def draw(caption: Caption) -> str:
+            # Opened by the model: within its limits, and in its turn.
+            picture = self._model.open(source, side_px=FIGURE_SIDE_PX).image
+            return _drawn(caption, picture, deadline_s)
+
+        try:
+            yield draw
+        finally:
+            self._figures.release()
 
     def _take(self, image: Any) -> tuple[str | bytes, str]:
         """Return what a client handed over as a source of the library, and its name."""
@@ -291,9 +327,18 @@ def _named(source: str | bytes, name: str) -> Iterator[None]:
         raise
 
 
-def _drawn(caption: Caption) -> str:
+def _nothing(caption: Caption) -> None:
+    """Draw no figure."""
+
+
+def _drawn(caption: Caption, picture: PIL.Image.Image, deadline_s: float) -> str:
     """Return the figure as a PNG in a data: text."""
     file = io.BytesIO()
-    with _DRAWING:
-        caption.figure().savefig(file, format="png")
+    if not _DRAWING.enter(deadline_s):
+        raise ServiceTimeoutError("the figure was not drawn within the time limit; try again when fewer are drawn")
+    try:
+        require_present()
+        caption.figure(picture).savefig(file, format="png")
+    finally:
+        _DRAWING.leave()
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

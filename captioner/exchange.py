@@ -51,6 +51,7 @@ class Exchange:
         self.status: int | None = None
         self.error: str | None = None
         self.finished = self.left = False  # the answer is complete; the client left before that
+        self.more_headers: list[tuple[bytes, bytes]] = []  # of the answer, whoever gives it
         self._began_s = time.monotonic()
 
     def seconds(self) -> float:
@@ -78,6 +79,8 @@ class Exchange:
         """Send a part of the answer."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
+            if self.more_headers:
+                message = {**message, "headers": [*message["headers"], *self.more_headers]}
         await self._send(message)
         self.finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
@@ -137,9 +140,9 @@ def path_of(scope: Scope) -> str:
 
 
 def route_of(path: str) -> str | None:
-    """Return the first part of a path of the API, "login" as such; None for a path of the page."""
-    if path.rstrip("/") == "/login":
-        return "login"
+    """Return the first part of a path of the API, "login" and "logout" as such; None for a path of the page."""
+    if path.rstrip("/") in ("/login", "/logout"):
+        return path.strip("/")
     if not path.startswith(f"{API}/"):
         return None
     parts = path.removeprefix(f"{API}/").split("/")

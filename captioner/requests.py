@@ -57,6 +57,12 @@ CALLER: ContextVar[Caller | None] = ContextVar("captioner_caller", default=None)
 _GONE_LIMIT = 1000
 
 
+def require_present() -> None:
+    """Raise `CancelledError` where the one for whom this thread works has left."""
+    if (caller := CALLER.get()) is not None:
+        caller.require_present()
+
+
 class Callers:
     """Who waits for an answer, by the names under which the door before the page knows them."""
 

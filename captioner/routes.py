@@ -15,7 +15,7 @@ from captioner.payloads import is_upload
 HEALTH = ("/healthz", "/readyz", "/metrics")
 WORK = frozenset({"call", "run", "queue/join", "mcp"})
 """Routes that ask for work: the first part after the prefix. Their bodies are read before the app sees them."""
-SENT = frozenset({"upload", "cancel", "reset", "login"})
+SENT = frozenset({"upload", "cancel", "reset", "login", "logout"})
 """Other routes to which something may be sent."""
 OTHER = "other"
 
@@ -83,10 +83,21 @@ def require_tool(exchange: Exchange) -> None:
     end = exchange.path.rstrip("/").rpartition("/")[2]
     if exchange.method in ("GET", "HEAD") and end in ("mcp", "http") and not _takes_events(exchange):
         raise Refusal(406, "NotAcceptable", "this address is for tools, which accept text/event-stream")
-    # A page of another site, in the browser of somebody who may come in here, is no tool of theirs.
+    require_own_origin(exchange)
+
+
+def require_own_origin(exchange: Exchange) -> None:
+    """Refuse what a page of another site sends, in the browser of somebody who may come in here.
+
+    Args:
+        exchange: any request.
+
+    Raises:
+        Refusal: 403.
+    """
     origin = exchange.header("origin")
     if origin and origin.partition("://")[2] != exchange.header("host"):
-        raise Refusal(403, "ForeignOrigin", "tools are not called from pages of other sites")
+        raise Refusal(403, "ForeignOrigin", "not from pages of other sites")
 
 
 def _takes_events(exchange: Exchange) -> bool:

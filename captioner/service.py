@@ -25,7 +25,7 @@ from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
 from captioner.images import ImageLimits, Picture, Source, open_picture, pixels_to_decode
 from captioner.prepared import PreparedPicture, prepare
-from captioner.requests import CALLER, PLACED, Place, RequestRecord, Turnstile, WordStream
+from captioner.requests import CALLER, PLACED, Place, RequestRecord, Turnstile, WordStream, require_present
 from captioner.telemetry import Telemetry
 from captioner.threads import available_cpus
 
@@ -376,7 +376,7 @@ class Service:
 
     def _prepare(self, picture: Source | PreparedPicture, deadline_s: float) -> PreparedPicture:
         if isinstance(picture, PreparedPicture):
-            _require_present()
+            require_present()
             return self.captioner.prepare(picture)
         with self._decoder(deadline_s, picture, self.captioner.config.preprocessing.side_px):
             return prepare(picture, self.captioner.config.preprocessing, limits=self._image_limits)
@@ -384,12 +384,12 @@ class Service:
     @contextlib.contextmanager
     def _decoder(self, deadline_s: float, picture: Source, side_px: int | None) -> Iterator[None]:
         """Take a turn at the decoder."""
-        _require_present()
+        require_present()
         weight = pixels_to_decode(picture, limits=self._image_limits, side_px=side_px)
         if not self._decoding.enter(deadline_s, weight=weight):
             raise ServiceTimeoutError("the picture was not decoded within the time limit; try again later")
         try:
-            _require_present()
+            require_present()
             yield
         finally:
             self._decoding.leave(weight=weight)
@@ -402,12 +402,6 @@ class Service:
             return [key.action(pictures[0])]
         found = self.captioner.caption_batch(pictures, batch_size=len(pictures), on_error="return", **key.to_dict())
         return list(found)
-
-
-def _require_present() -> None:
-    """Raise `CancelledError` where the one for whom this thread works has left."""
-    if (caller := CALLER.get()) is not None:
-        caller.require_present()
 
 
 def _result(future: Future[Any]) -> Any:

@@ -128,10 +128,11 @@ def read_users(auth: str | None, auth_file: Path | None) -> tuple[tuple[str, str
         raise ConfigError("--auth and --auth-file exclude each other; put all users into the file")
     if auth_file is not None:
         try:
-            lines = [line.strip() for line in auth_file.read_text(encoding="utf-8").splitlines()]
+            # The ends of lines alone are taken away: a password may begin or end with a blank.
+            lines = [line.removesuffix("\r") for line in auth_file.read_text(encoding="utf-8").split("\n")]
         except (OSError, UnicodeDecodeError) as err:
             raise ConfigError(f"{auth_file}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
-        return _pairs([line for line in lines if line], str(auth_file))
+        return _pairs([line for line in lines if line.strip()], str(auth_file))
     given = os.environ.get(AUTH_VARIABLE) if auth is None else auth
     return None if given is None else _pairs([given], AUTH_VARIABLE if auth is None else "--auth")
 
@@ -140,7 +141,12 @@ def _pairs(lines: list[str], where: str) -> tuple[tuple[str, str], ...]:
     pairs = [line.partition(":")[::2] for line in lines]
     # Gradio takes the blanks around a user's name away before it looks the name up.
     if not pairs or not all(user.strip() and user == user.strip() and password for user, password in pairs):
-        raise ConfigError(f"{where} must be USER:PASSWORD, neither of them empty")
+        raise ConfigError(
+            f"{where} must be USER:PASSWORD, neither of them empty, and no blank before or after the user's name"
+        )
+    names = [user for user, _ in pairs]
+    if twice := [user for user in dict.fromkeys(names) if names.count(user) > 1]:
+        raise ConfigError(f"{where} names {twice[0][:100]!r} twice; leave one line for each user")
     return tuple(pairs)
 
 

@@ -42,7 +42,7 @@ def ask(app, service, uploads):
     """Send a request through the middleware; the body goes in as many parts as it has."""
     middleware = ServiceMiddleware(app, service=service, uploads=uploads, endpoints=["/caption"])
 
-    def ask(method, path, *parts, headers=(), length=True, inner=None, root="", query=b""):
+    def ask(method, path, *parts, headers=(), length=True, inner=None, root="", query=b"", host=b"here:7860"):
         if parts and not isinstance(parts[0], bytes):
             parts = (json.dumps(parts[0]).encode(),)
         total = sum(map(len, parts))
@@ -62,7 +62,7 @@ def ask(app, service, uploads):
             "type": "http",
             "method": method,
             "path": root + path,
-            "headers": [*known, (b"host", b"here:7860"), *headers],
+            "headers": [*known, (b"host", host), *headers],
         }
         scope |= {"root_path": root, "query_string": query}
         loops.run(asyncio.wait_for(middleware(scope, receive, send), 30))

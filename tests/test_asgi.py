@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from messages import END, GONE, META, PART, answering, call, door
 from pictures import encode, gradient
 
-from captioner import asgi, bodies, payloads, routes, serving
+from captioner import asgi, bodies, payloads, preview, routes, serving
 from captioner.asgi import ServiceMiddleware
 from captioner.door import OpenDoor, wait_for_answers
 from captioner.errors import ServiceBusyError, ServiceClosedError
@@ -335,6 +336,21 @@ def test_there_are_no_websockets(ask, app):
 
     loops.run(ask.middleware({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_a_logout_is_sent_and_no_mere_question_of_a_page_elsewhere(ask):
+    asked = []
+
+    async def noting(scope, receive, send):
+        asked.append((scope["method"], scope["path"]))
+        await send({"type": "http.response.start", "status": 302, "headers": []})
+        await send(END)
+
+    assert ask("GET", "/logout", inner=noting).status == 404
+    assert ask("POST", "/logout", headers=[(b"origin", b"http://example.com")], inner=noting).status == 403
+    assert asked == []
+    assert ask("POST", "/logout", headers=[(b"origin", b"http://here:7860")], inner=noting).status == 302
+    assert asked == [("GET", "/logout")]
 
 
 # --- Files that a body names ---
@@ -655,6 +671,9 @@ def test_before_gradio_the_page_health_and_limits_are_there(page):
     status, body = fetch(page)
     assert status == 200
     assert b"gradio" in body
+    assert re.findall(rb'(?:content|href|src)\s*=\s*"((?:https?:)?//[^"]*)"', body) == []
+    assert preview.DESCRIPTION.encode() in body
+    assert b"og:title" in body
     assert fetch(f"{page}/config")[0] == 200
     assert fetch(f"{page}/healthz")[0] == 200
     assert b"captioner_http_requests_total" in fetch(f"{page}/metrics")[1]

@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from captioner.service import DECODING_PIXELS, ServiceLimits
 from captioner.serving import DRAIN_S
@@ -104,3 +106,24 @@ def test_the_port_is_published_to_this_machine_alone():
 
 def test_no_variable_of_the_image_is_one_that_the_page_takes_away():
     assert "GRADIO_" not in (ROOT / "Dockerfile").read_text()
+
+
+def space():
+    """Return the head of a Space's README, by names."""
+    _, head, _ = (ROOT / "deploy" / "space.md").read_text().split("---\n", 2)
+    return {name: value.strip().strip('"') for name, _, value in (line.partition(":") for line in head.splitlines())}
+
+
+def test_a_space_runs_what_the_project_needs():
+    head = space()
+    assert head["sdk"] == "gradio"
+    assert (ROOT / head["app_file"]).is_file()
+    assert SpecifierSet(PROJECT["requires-python"]).contains(head["python_version"])
+    (gradio,) = [Requirement(line) for line in lines("requirements.txt") if line.startswith("gradio")]
+    assert gradio.specifier.contains(head["sdk_version"])
+    assert len(head["short_description"]) <= 60  # more is refused
+
+
+def test_the_way_to_a_space_brings_files_that_a_plain_push_may_not():
+    assert "hf upload" in (ROOT / "deploy" / "space.md").read_text()
+    assert "deploy/space.md" in (ROOT / "README.md").read_text()

@@ -8,6 +8,7 @@ import io
 import json
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,8 +24,11 @@ from pointing import PointingCaptioner
 from served import API, HTTP, WAIT_S, ask, events, post, served, upload
 
 from captioner import ConfigError, ImageReadError, SearchOptions
+from captioner import endpoints as endpoints_module
 from captioner.endpoints import MAX_NAME, NAMES, Endpoints, client_name
+from captioner.errors import ServiceBusyError, ServiceTimeoutError
 from captioner.page import MAX_PHRASES, MAX_SENTENCE
+from captioner.requests import Callers
 from captioner.service import Service, ServiceLimits
 
 PNG = encode(gradient(), "PNG")
@@ -115,6 +119,56 @@ def test_an_explanation_draws_its_figure_when_asked(url, photo):
     head, _, data = answer["figure"].partition(",")
     assert head == "data:image/png;base64"
     assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) > 100
+
+
+class Drawing(PointingCaptioner):
+    """Counts what is opened, and those who are asked for a caption."""
+
+    def __init__(self):
+        super().__init__()
+        self.opened, self.asked = 0, 0
+
+    def open(self, picture, **how):
+        self.opened += 1
+        return super().open(picture, **how)
+
+    def caption(self, picture, **options):
+        self.asked += 1
+        return super().caption(picture, **options)
+
+
+def test_no_more_figures_are_asked_for_at_a_time_than_are_let_in(tmp_path):
+    model = Drawing()
+    drawing = Endpoints(model, uploads=tmp_path)
+    with contextlib.ExitStack() as others:
+        for _ in range(endpoints_module.FIGURES):
+            others.enter_context(drawing._figure(DATA))
+        with pytest.raises(ServiceBusyError, match="try again"):
+            drawing.explain(DATA, figure=True)
+        assert model.asked == 0  # refused before anything was done for it
+        assert drawing.explain(DATA)["figure"] is None
+    assert drawing.explain(DATA, figure=True)["figure"]
+    assert model.opened == 1  # within the model's limits, and in its turn
+
+
+def test_a_figure_that_does_not_get_its_turn_in_time_is_given_up(endpoints, monkeypatch):
+    monkeypatch.setattr(endpoints_module, "FIGURE_TIMEOUT_S", 0.01)
+    assert endpoints_module._DRAWING.enter(0.0)
+    try:
+        with pytest.raises(ServiceTimeoutError, match="figure"):
+            endpoints.explain(DATA, figure=True)
+    finally:
+        endpoints_module._DRAWING.leave()
+    monkeypatch.undo()
+    assert endpoints.explain(DATA, figure=True)["figure"]
+
+
+def test_for_a_client_who_has_left_no_figure_is_drawn(endpoints):
+    with Callers().waiting("call") as caller:
+        caller.leave()
+        with pytest.raises(CancelledError):
+            endpoints.explain(DATA, figure=True)
+    assert endpoints.explain(DATA, figure=True)["figure"]
 
 
 def test_a_call_by_places_is_answered_too(url, photo, tiny_captioner):

@@ -282,9 +282,16 @@ def test_users_come_from_the_option_the_file_or_the_variable(tmp_path, monkeypat
         read_users(None, tmp_path / "users")
 
 
-def test_a_password_is_not_repeated_in_messages():
-    with pytest.raises(ConfigError) as refused:
-        read_users(" me:geheim", None)
+def test_the_ends_of_lines_alone_are_no_part_of_a_password(tmp_path):
+    (tmp_path / "users").write_bytes("a: 1 \r\n \nb:\u20282\x0b\n".encode())
+    assert read_users(None, tmp_path / "users") == (("a", " 1 "), ("b", "\u20282\x0b"))
+
+
+@pytest.mark.parametrize("given", [" me:geheim", "me:geheim\nyou:geheim\nme:geheim"])
+def test_a_password_is_not_repeated_in_messages(tmp_path, given):
+    (tmp_path / "users").write_text(given)
+    with pytest.raises(ConfigError, match=r"twice|blank") as refused:
+        read_users(None, tmp_path / "users")
     assert "geheim" not in str(refused.value)
 
 
