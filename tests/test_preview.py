@@ -73,7 +73,7 @@ def test_a_link_to_the_page_is_shown_with_a_title_a_sentence_and_a_picture_of_ou
 def test_a_name_that_is_none_is_repeated_nowhere(see, host):
     page = see(host=host)
     assert "og:image" not in metas(page)
-    assert "script" not in page
+    assert "<script" not in page
     assert metas(page)["twitter:card"] == "summary"
 
 
