@@ -65,11 +65,11 @@ class ServiceMiddleware:
         known: tells from a request's cookies whether its sender has logged in; those who have not see a page that
             asks for it. Without it they see what is behind.
         forget: called with the id of a call by HTTP whose answer was fetched, and which therefore is over.
+        leave: called with a name of what nobody waits for any more: the id of a call that was cancelled or whose client
+            left, the session of a page that was closed, or `CALL` of a request.
         give_up: called with the session and the id of a call whose answer nobody fetches.
         picture: a JPEG for those who show a link to the page.
         frames: which sites may show the page inside theirs, as a Content-Security-Policy says it.
-        leave: called with a name of what nobody waits for any more: the id of a call that was cancelled or whose client
-            left, the session of a page that was closed, or `CALL` of a request.
     """
 
     def __init__(
