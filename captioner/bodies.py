@@ -117,7 +117,7 @@ async def whole(exchange: Exchange, limit: int, buffers: Buffers) -> AsyncIterat
         buffers.give_back(address, taken)
 
 
-async def hand_on(app: App, exchange: Exchange, limit: int, *, count: Callable[[bytes], None] = len) -> None:
+async def hand_on(app: App, exchange: Exchange, limit: int, *, count: Callable[[bytes], object] = len) -> None:
     """Hand a body on as it comes, and end the request where it grows over its limit.
 
     Args:

@@ -29,7 +29,8 @@ class PlaceFormatter(logging.Formatter):
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:
         """Return kind and place of an error, and of those that led to it."""
-        said, error = [], ei[1]
+        said: list[str] = []
+        error = ei[1]
         while error is not None and len(said) < 5:
             said.append(f"{type(error).__name__} at {where(error)}")
             error = error.__cause__ or error.__context__
