@@ -66,7 +66,8 @@ class CaptionModule(lightning.LightningModule):
         decoder: "mean", "additive" or "multihead"; None: that of `init_from`, else "multihead".
         decoder_settings: sizes of the decoder; see `captioner.config`.
         encoder: which CNN; None: that of `init_from`, else MobileNetV2.
-        encoder_weights: "torchvision", the path of a safetensors file, or None (random); not with `init_from`.
+        encoder_weights: "torchvision", the path of a safetensors file, a package (see `Encoder`), or None (random); not
+            with `init_from`.
         weight_decay: of AdamW, on matrices only.
         compile_decoder: compile the decoder's teacher-forced pass with `torch.compile`.
         search: how the dev pictures are captioned for the scores.
