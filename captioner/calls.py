@@ -35,8 +35,9 @@ def require_call(route: str | None, path: str, value: Any, calls: Calls) -> None
         raise Refusal(400, "BadRequest", "the body must be an object")
     by_names = path.startswith(f"{API}/call/v2/")
     name = value.get("fn_index") if route == "queue/join" else _endpoint(path)
-    known = isinstance(name, str | int) and not isinstance(name, bool) and name in calls
-    if not known or (route != "queue/join" and value.get("fn_index") is not None and not by_names):
+    if not isinstance(name, str | int) or isinstance(name, bool) or name not in calls:
+        raise unknown_call()
+    if route != "queue/join" and value.get("fn_index") is not None and not by_names:
         raise unknown_call()
     count, data = calls[name], value.get("data")
     if not by_names and (not isinstance(data, list) or len(data) != count):

@@ -47,7 +47,7 @@ _LITE0 = (
 _STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
 
 
-class _Convolution(Conv2dNormActivation):
+class _Convolution(Conv2dNormActivation):  # type: ignore[misc]  # torchvision has no types
     """Convolution, batch norm and ReLU6; padded as TensorFlow pads an even side where the stride was made 2."""
 
     def __init__(
