@@ -83,7 +83,7 @@ def onnx_without_maps(decoder: Any, folder: Path, *, threads: int) -> Any:
     with tempfile.TemporaryDirectory() as name:
         shutil.copy(folder / WEIGHTS, name)  # where the graph looks for its weights
         onnx.save(model, Path(name, STEP_GRAPH))
-        session = onnx_session(Path(name, STEP_GRAPH), threads=threads, spinning=False)
+        session = onnx_session(Path(name, STEP_GRAPH), threads=threads, spinning_between=False)
 
     def step(feed: dict[str, Any]) -> list[Any]:
         log_probs_NV, *new = session.run(None, feed)

@@ -114,19 +114,19 @@ class MultiHeadAttention(nn.Module):
         weights_BHRTP = weights_BHQP.view(pictures, self.heads, rows_R, steps, -1)
         return read_BQD.reshape(rows_N, steps, dim), weights_BHRTP.transpose(1, 2).flatten(0, 1)
 
-    def read(self, query_BQD: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
+    def read(self, queries: Tensor, memory: GridMemory) -> tuple[Tensor, Tensor]:
         """Read the grid with any number Q of projected queries to each picture; the output is not projected yet.
 
         Args:
-            query_BQD: queries.
+            queries: [B, Q, D] or [B x Q, D].
             memory: of the pictures, from `remember`.
 
         Returns:
-            read_BQD, the heads side by side, and weights_BHQP, float32, non-negative, each row of P sums to 1.
+            What was read, in the shape of the queries, the heads side by side, and weights_BHQP, float32,
+            non-negative, each row of P sums to 1.
         """
-        pictures, queries, _ = query_BQD.shape
-        query = query_BQD.view(pictures, queries, self.heads, self.head_dim).transpose(1, 2)
+        query = queries.view(memory.keys.shape[0], -1, self.heads, self.head_dim).transpose(1, 2)
         scores = (query * self.head_dim**-0.5) @ memory.keys.transpose(-2, -1)
         weights = scores.float().softmax(dim=-1)
         read = self.dropout(weights.to(memory.values.dtype)) @ memory.values
-        return read.transpose(1, 2).flatten(2), weights
+        return read.transpose(1, 2).reshape(queries.shape), weights

@@ -57,6 +57,9 @@ class PictureRows:
             The pictures that the memory must be reduced to (None: all, as they are), and the new order.
         """
         picture_N = index_N // max(self.per_picture, 1)
+        rows = len(index_N)
+        if rows and rows % self.pictures == 0 and self._all_alike(picture_N):
+            return None, PictureRows(self.pictures, rows)
         starts = np.flatnonzero(np.diff(picture_N, prepend=-1))
         count = np.diff(starts, append=len(picture_N))
         if len(count) and (count != count[0]).any():
@@ -65,5 +68,8 @@ class PictureRows:
         else:
             present, rows_each = picture_N[starts], int(count[0]) if len(count) else 0
         chosen = PictureRows(len(present), len(present) * rows_each)
-        unchanged = len(present) == self.pictures and bool((present == np.arange(self.pictures)).all())
-        return (None if unchanged else present), chosen
+        return present, chosen
+
+    def _all_alike(self, picture_N: Indices) -> bool:
+        """Return whether the rows are of all pictures in their order, as many of each: at most steps of a search."""
+        return bool((picture_N.reshape(self.pictures, -1) == np.arange(self.pictures)[:, None]).all())

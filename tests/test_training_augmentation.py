@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from captioner import ConfigError
-from training.augmentation import Augmentation, augment, mirror_allowed
+from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_px
 
 NOTHING = {"mirror": 0.0, "min_area": 1.0, "colour": 0.0}
 EVERYTHING = {"mirror": 0.5, "min_area": 0.5, "colour": 0.5, "rand_augment": 2, "erase": 0.5}
@@ -66,6 +66,14 @@ def test_an_augmented_picture_keeps_its_size_and_the_original_its_pixels(setting
     result = augment(image, settings, mirror=True, rng=random.Random(seed))
     assert (result.size, result.mode) == (size_wh, "RGB")
     assert image.tobytes() == before
+
+
+@given(settings=settings_of_all_kinds, side_px=st.integers(1, 2000))
+def test_the_smallest_part_of_what_is_opened_still_has_the_side(settings, side_px):
+    opened_px = side_to_open_px(side_px, settings)
+    assert opened_px * settings.min_area**0.5 >= side_px * (1 - 1e-9)
+    assert (opened_px - 1) * settings.min_area**0.5 < side_px
+    assert side_to_open_px(side_px, None) == side_px
 
 
 @given(settings_of_all_kinds, st.integers(0, 999))

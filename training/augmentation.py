@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -60,6 +61,19 @@ class Augmentation:
 def mirror_allowed(captions: Sequence[str]) -> bool:
     """Return whether a mirror image would leave all captions true: none says left or right."""
     return not any(_SIDES.search(caption) for caption in captions)
+
+
+def side_to_open_px(side_px: int, settings: Augmentation | None) -> int:
+    """Return the side at which to open a picture, so that a part of it still has the pixels that the model takes.
+
+    Args:
+        side_px: of the model's square.
+        settings: of the augmentation; None: none.
+
+    Returns:
+        The `side_px` of `open_picture`.
+    """
+    return side_px if settings is None else math.ceil(side_px / math.sqrt(settings.min_area))
 
 
 def augment(image: Image.Image, settings: Augmentation, *, mirror: bool, rng: random.Random) -> Image.Image:

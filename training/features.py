@@ -31,12 +31,14 @@ from captioner.encoder import Encoder
 from captioner.errors import DataError, ImageError
 from captioner.images import open_picture
 from captioner.preprocessing import to_pixels
-from training.augmentation import Augmentation, augment, mirror_allowed
+from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_px
 from training.batches import stateless_random
 from training.sources import BadPicture, CaptionedPicture
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 32
+# Counted up where pictures come to be opened in another way, so that older caches are made anew.
+_DECODING = 2
 
 
 class FeatureStore:
@@ -98,6 +100,7 @@ def features_key(
     """
     digest = hashlib.sha256()
     settings = {
+        "decoding": _DECODING,
         "encoder": [encoder.backbone, encoder.stride, encoder.grid_hw],
         "preprocessing": dataclasses.asdict(preprocessing),
         "augmentation": dataclasses.asdict(augmentation) if augmentation is not None and views > 1 else None,
@@ -139,9 +142,12 @@ class _Views(Dataset[tuple[int, list[Tensor] | BadPicture]]):
         picture = self.pictures[index]
         try:
             image = open_picture(picture.path, side_px=self.preprocessing.side_px).image
+            found = [to_pixels(image, self.preprocessing)]
+            if self.views > 1 and self.augmentation is not None:
+                side_px = side_to_open_px(self.preprocessing.side_px, self.augmentation)
+                image = open_picture(picture.path, side_px=side_px).image
         except ImageError as err:
             return index, BadPicture(picture.name, str(err))
-        found = [to_pixels(image, self.preprocessing)]
         for view in range(1, self.views):
             changed = image
             if self.augmentation is not None:

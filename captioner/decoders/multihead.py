@@ -19,7 +19,7 @@ from torch.nn import functional
 from captioner.attention import MultiHeadAttention
 from captioner.decoders.multihead_state import MultiheadState
 from captioner.decoders.protocol import checked_steps, count_down
-from captioner.decoders.self_attention import CausalSelfAttention, Past
+from captioner.decoders.self_attention import CausalSelfAttention, Past, past_bias
 from captioner.dropout import Dropout
 from captioner.errors import ConfigError
 from captioner.rows import GridMemory, PictureRows
@@ -79,30 +79,29 @@ class Block(nn.Module):
     def forward(self, state_RD: Tensor, memory: GridMemory, places: Places) -> tuple[Tensor, Tensor]:
         """Run whole sequences; returns state_RD and the grid attention weights_NHTP, of use at the places alone."""
         attention = self.self_attention
-        query, key, value = attention.split(places.pad(attention.query_key_value(self.norm_self(state_RD))))
+        projected_NTE = places.pad(attention.query_key_value(self.norm_self(state_RD)))
+        query, key, value = attention.split(projected_NTE, places.rows)
         state_RD = self._after_self(state_RD, places.pick(attention.read(query, key, value)))
         query_RD = self.grid_attention.query(self.norm_grid(state_RD))
         looked_NTD, weights_NHTP = self.grid_attention.read_rows(places.pad(query_RD), memory)
         return self._after_grid(state_RD, places.pick(looked_NTD)), weights_NHTP
 
-    def step(self, state_BRD: Tensor, memory: GridMemory, past: Past) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run one step of R rows per picture.
+    def step(self, state_ND: Tensor, memory: GridMemory, past: Past) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run one step of R rows per picture, N in all.
 
         Args:
-            state_BRD: the new token of every row.
+            state_ND: the new token of every row.
             memory: of the pictures.
             past: of the rows.
 
         Returns:
-            state_BRD, the grid attention weights_BHRP, and key and value of the new tokens, [B, H, R, D per head].
+            state_ND, the grid attention weights_BHRP, and key and value of the new tokens, [B, H, R, D per head].
         """
         attention = self.self_attention
-        query, key, value = attention.split(attention.query_key_value(self.norm_self(state_BRD)))
-        state_BRD = self._after_self(state_BRD, attention.read_past(query, key, value, past))
-        looked_BRD, weights_BHRP = self.grid_attention.read(
-            self.grid_attention.query(self.norm_grid(state_BRD)), memory
-        )
-        return self._after_grid(state_BRD, looked_BRD), weights_BHRP, key, value
+        query, key, value = attention.split(attention.query_key_value(self.norm_self(state_ND)), past.keys.shape[0])
+        state_ND = self._after_self(state_ND, attention.read_past(query, key, value, past))
+        looked_ND, weights_BHRP = self.grid_attention.read(self.grid_attention.query(self.norm_grid(state_ND)), memory)
+        return self._after_grid(state_ND, looked_ND), weights_BHRP, key, value
 
     def _after_self(self, state: Tensor, read: Tensor) -> Tensor:
         after: Tensor = state + self.dropout(self.self_attention.output(read))
@@ -118,14 +117,14 @@ class StepOutput(NamedTuple):
     """What a step of R rows per picture gives.
 
     Args:
-        logits_BRV: of the next token.
+        logits_NV: of the next token.
         attention_BRP: where the rows looked, the summary of the layers and heads.
         heads_BRLHP: where each head of each layer looked.
         keys: of the new tokens, one [B, H, R, D per head] per layer.
         values: likewise.
     """
 
-    logits_BRV: Tensor
+    logits_NV: Tensor
     attention_BRP: Tensor
     heads_BRLHP: Tensor
     keys: tuple[Tensor, ...]
@@ -256,7 +255,7 @@ class MultiheadDecoder(nn.Module):
             steps_left=steps_left,
             attention_heads_BLHP=heads_BLHP,
         )
-        return read.logits_BRV.flatten(0, 1), read.attention_BRP.flatten(0, 1), after
+        return read.logits_NV, read.attention_BRP.flatten(0, 1), after
 
     def read_step(
         self,
@@ -281,17 +280,18 @@ class MultiheadDecoder(nn.Module):
         Returns:
             What the step gives.
         """
-        hidden_BRD = self._embed(tokens_BR, self.position.index_select(0, position))
-        bias_B1RS = torch.where(seen_BRS, 0.0, -torch.inf)[:, None]
+        # Rows, not rows of pictures: of a matrix a linear layer is one operation of ONNX Runtime, with its bias.
+        hidden_ND = self._embed(tokens_BR.flatten(), self.position.index_select(0, position))
+        bias_B1RE = past_bias(seen_BRS)
         attention, new_keys, new_values = [], [], []
         for block, memory, key, value in zip(self._layers(), memories, keys, values, strict=True):
-            past = Past(key.to(hidden_BRD.dtype), value.to(hidden_BRD.dtype), bias_B1RS)
-            hidden_BRD, weights_BHRP, new_key, new_value = block.step(hidden_BRD, memory, past)
+            past = Past(key.to(hidden_ND.dtype), value.to(hidden_ND.dtype), bias_B1RE)
+            hidden_ND, weights_BHRP, new_key, new_value = block.step(hidden_ND, memory, past)
             attention.append(weights_BHRP)
             new_keys.append(new_key)
             new_values.append(new_value)
         return StepOutput(
-            logits_BRV=self._logits(hidden_BRD),
+            logits_NV=self._logits(hidden_ND),
             attention_BRP=self._summary(attention),
             heads_BRLHP=torch.stack(attention, dim=1).permute(0, 3, 1, 2, 4),
             keys=tuple(new_keys),

@@ -20,12 +20,21 @@ class Past(NamedTuple):
     Args:
         keys: [B, H, S, D per head].
         values: likewise.
-        bias_B1RS: 0 where a slot is a row's own past, else -inf.
+        bias_B1RE: for the slots and then the R new tokens: 0 where a slot is a row's own past, and at its own new
+            token, else -inf.
     """
 
     keys: Tensor
     values: Tensor
-    bias_B1RS: Tensor
+    bias_B1RE: Tensor
+
+
+def past_bias(seen_BRS: Tensor) -> Tensor:
+    """Return `Past.bias_B1RE`, [B, 1, R, S + R], for the slots that each row sees."""
+    pictures, rows, _ = seen_BRS.shape
+    place_R = torch.arange(rows, device=seen_BRS.device)
+    itself_BRR = (place_R[:, None] == place_R).expand(pictures, -1, -1)
+    return torch.where(torch.cat([seen_BRS, itself_BRR], dim=2), 0.0, -torch.inf)[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -44,11 +53,21 @@ class CausalSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
 
-    def split(self, projected_NTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each [N, H, T, D per head], of what `query_key_value` gave."""
-        rows_N, steps, width = projected_NTE.shape
-        split = projected_NTE.reshape(rows_N, steps, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
-        return split[0], split[1], split[2]
+    def split(self, projected: Tensor, rows_N: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of what `query_key_value` gave.
+
+        Args:
+            projected: [N, T, 3 D] or [N x T, 3 D].
+            rows_N: N.
+
+        Returns:
+            Each [N, H, T, D per head].
+        """
+        head_dim = projected.shape[-1] // (3 * self.heads)
+        query, key, value = (
+            projected.reshape(rows_N, -1, 3 * self.heads, head_dim).transpose(1, 2).split(self.heads, dim=1)
+        )
+        return query, key, value
 
     def read(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend causally.
@@ -88,11 +107,11 @@ class CausalSelfAttention(nn.Module):
             past: what the rows of each picture have read before.
 
         Returns:
-            [B, R, D], the heads side by side, not yet projected.
+            [B x R, D], the heads side by side, not yet projected.
         """
-        query = query * query.shape[-1] ** -0.5
-        before = query @ past.keys.transpose(-2, -1) + past.bias_B1RS
-        itself = (query * key).sum(dim=-1, keepdim=True)
-        weights = self.dropout(torch.cat([before, itself], dim=-1).softmax(dim=-1).to(value.dtype))
-        read: Tensor = weights[..., :-1] @ past.values + weights[..., -1:] * value
-        return read.transpose(1, 2).flatten(2)
+        # To copy the past of a few words is faster than the operations that would treat the new token apart.
+        keys, values = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
+        scores = (query @ keys.transpose(-2, -1)) * query.shape[-1] ** -0.5 + past.bias_B1RE
+        weights = self.dropout(scores.softmax(dim=-1).to(value.dtype))
+        read: Tensor = (weights @ values).transpose(1, 2)
+        return read.reshape(-1, self.heads * query.shape[-1])

@@ -107,7 +107,7 @@ class _MultiheadStep(nn.Module):
         )
         new = [part for pair in zip(read.keys, read.values, strict=True) for part in pair]
         return (
-            read.logits_BRV.float().log_softmax(dim=-1).flatten(0, 1),
+            read.logits_NV.float().log_softmax(dim=-1),
             read.attention_BRP.flatten(0, 1),
             read.heads_BRLHP.flatten(0, 1),
             *new,

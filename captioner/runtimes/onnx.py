@@ -110,8 +110,10 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # A thread that waits by spinning takes the CPU from those that decode pictures.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
+    # Within a run threads wait for one another for microseconds: to sleep would take longer. Between two runs they must
+    # not spin, for that takes the CPU from the threads that decode pictures and choose words.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
@@ -188,7 +190,7 @@ class _MultiheadDecoder:
         for layer, (keys, values) in enumerate(zip(state.keys, state.values, strict=True)):
             keys[:, :, taken], values[:, :, taken] = new[2 * layer], new[2 * layer + 1]
         seen_NS = state.seen_NS.copy()
-        seen_NS[:, taken] = np.tile(np.eye(width, dtype=bool), (pictures, 1))
+        seen_NS.reshape(pictures, width, -1)[:, :, taken] = np.eye(width, dtype=bool)
         after = dataclasses.replace(
             state,
             seen_NS=seen_NS,
