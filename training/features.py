@@ -141,18 +141,19 @@ class _Views(Dataset[tuple[int, list[Tensor] | BadPicture]]):
     def __getitem__(self, index: int) -> tuple[int, list[Tensor] | BadPicture]:
         picture = self.pictures[index]
         try:
-            image = open_picture(picture.path, side_px=self.preprocessing.side_px).image
-            found = [to_pixels(image, self.preprocessing)]
-            if self.views > 1 and self.augmentation is not None:
+            opened = open_picture(picture.path, side_px=self.preprocessing.side_px)
+            found = [to_pixels(opened.image, self.preprocessing)]
+            reduced = opened.image.size[::-1] != opened.full_hw_px
+            if reduced and self.views > 1 and self.augmentation is not None:
                 side_px = side_to_open_px(self.preprocessing.side_px, self.augmentation)
-                image = open_picture(picture.path, side_px=side_px).image
+                opened = open_picture(picture.path, side_px=side_px)
         except ImageError as err:
             return index, BadPicture(picture.name, str(err))
         for view in range(1, self.views):
-            changed = image
+            changed = opened.image
             if self.augmentation is not None:
                 draw = stateless_random(self.seed, "view", view, picture.name)
-                changed = augment(image, self.augmentation, mirror=mirror_allowed(picture.captions), rng=draw)
+                changed = augment(opened.image, self.augmentation, mirror=mirror_allowed(picture.captions), rng=draw)
             found.append(to_pixels(changed, self.preprocessing))
         return index, found
 
