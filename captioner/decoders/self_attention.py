@@ -64,9 +64,8 @@ class CausalSelfAttention(nn.Module):
             Each [N, H, T, D per head].
         """
         head_dim = projected.shape[-1] // (3 * self.heads)
-        query, key, value = (
-            projected.reshape(rows_N, -1, 3 * self.heads, head_dim).transpose(1, 2).split(self.heads, dim=1)
-        )
+        heads = projected.reshape(rows_N, -1, 3 * self.heads, head_dim).transpose(1, 2)
+        query, key, value = torch.split(heads, self.heads, dim=1)
         return query, key, value
 
     def read(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
