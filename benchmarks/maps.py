@@ -39,12 +39,11 @@ BATCH = 32
 class MaplessAttention(MultiHeadAttention):
     """Attention that reads the same and returns weights of no cells."""
 
-    def read(self, query_BQD: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+    def read(self, queries: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
         """Read the grid with PyTorch's fused attention; see `MultiHeadAttention.read`."""
-        pictures, queries, _ = query_BQD.shape
-        query = query_BQD.view(pictures, queries, self.heads, self.head_dim).transpose(1, 2)
+        query = queries.view(memory.keys.shape[0], -1, self.heads, self.head_dim).transpose(1, 2)
         read = functional.scaled_dot_product_attention(query, memory.keys, memory.values)
-        return read.transpose(1, 2).flatten(2), query.new_empty(pictures, self.heads, queries, 0)
+        return read.transpose(1, 2).reshape(queries.shape), query.new_empty(*query.shape[:3], 0)
 
 
 def torch_without_maps(decoder: MultiheadDecoder) -> MultiheadDecoder:
