@@ -164,7 +164,7 @@ class EncoderConfig(_Settings):
 
     Args:
         backbone: name of a torchvision classification CNN, such as "mobilenet_v2" or "resnet50", or
-            "efficientnet_lite0".
+            "efficientnet_lite0", 1 or 2.
         stride: model pixels per grid cell, 32 or, where the network allows it, 16.
     """
 

