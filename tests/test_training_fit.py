@@ -202,6 +202,29 @@ def test_self_critical_training_raises_the_reward(data_root, tmp_path, baseline)
     assert trained > 1.15 * untrained
 
 
+@pytest.mark.parametrize("decoder", ["multihead", "additive"])
+def test_dropout_of_self_critical_training_changes_what_is_learned_and_not_what_is_drawn(data_root, tmp_path, decoder):
+    stage = {"epochs": 1, "objective": "self_critical", "learning_rate": 0.0, "reward": {"samples": 4}}
+    happened = []
+    for dropout in (False, True):
+        settings = recipe(
+            data_root,
+            tmp_path / str(dropout),
+            decoder,
+            stages=[{**stage, "dropout": dropout}],
+            callbacks=[{"class_path": f"{__name__}.RewardRecorder"}],
+            trainer=NO_VALIDATION,
+        )
+        settings["model"]["decoder_settings"] = settings["model"]["decoder_settings"] | {"dropout": 0.5}
+        settings["best_checkpoint"] = {"monitor": None}
+        assert fit(tmp_path / str(dropout), settings) == 0
+        happened.append(RewardRecorder.last)
+    without, with_dropout = happened
+    assert without.rewards == with_dropout.rewards
+    assert any(without.rewards[0])
+    assert without.losses != with_dropout.losses
+
+
 # --- Bad pictures ---
 
 

@@ -82,6 +82,7 @@ def test_cached_epochs_are_those_up_to_the_end_of_the_last_cached_stage():
         ({"encoder_stages": 2}, "needs encoder: finetune"),
         ({"objective": "self_critical", "scheduled_sampling": 0.1}, "leave it out"),
         ({"cross_entropy_weight": 0.1}, "self_critical"),
+        ({"dropout": True}, "dropout: true belongs to objective: self_critical"),
     ],
 )
 def test_a_stage_out_of_range_or_with_options_that_exclude_each_other_is_refused(settings, words):

@@ -344,7 +344,7 @@ class CaptionModule(lightning.LightningModule):
     def _self_critical(self, grid_BPC: Tensor, batch: Batch, stage: Stage) -> Tensor:
         decoder, config = self.model.decoder, stage.reward
         vocabulary = search_vocabulary(self.tokenizer)
-        decoder.eval()  # no dropout: what is made more probable is the model that drew, and that will be used
+        decoder.eval()  # no dropout: what draws is the model that will be used
         try:
             tokens_NT = sample(
                 decoder,
@@ -354,9 +354,10 @@ class CaptionModule(lightning.LightningModule):
                 max_tokens=self._data.max_tokens,
                 pad_id=Tokenizer.pad_id,
             )
+            greedy = self._greedy(grid_BPC) if config.baseline == "greedy" else None
+            decoder.train(stage.dropout)
             start_N1 = torch.full_like(tokens_NT[:, :1], Tokenizer.start_id)
             logits_NTV, _ = decoder(grid_BPC, torch.cat([start_N1, tokens_NT[:, :-1]], dim=1))
-            greedy = self._greedy(grid_BPC) if config.baseline == "greedy" else None
         finally:
             decoder.train()
         reward = self._reward(config)

@@ -52,6 +52,8 @@ class Stage:
             the reference's (Bengio et al. 2015); it rises linearly from 0.
         reward: of a self-critical stage.
         cross_entropy_weight: share of cross-entropy in the loss of a self-critical stage.
+        dropout: whether a self-critical stage learns with dropout on, so that it does not learn its pictures by
+            heart; without, what is made more probable is exactly the model that drew. Cross-entropy always has it.
 
     Raises:
         ConfigError: for a value out of range, or two that exclude each other.
@@ -75,6 +77,7 @@ class Stage:
     scheduled_sampling: float = 0.0
     reward: RewardConfig = field(default_factory=RewardConfig)
     cross_entropy_weight: float = 0.0
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
@@ -110,6 +113,7 @@ class Stage:
                 _require(not getattr(self, name), f"{name} belongs to cross_entropy; leave it out of self_critical")
         else:
             _require(not self.cross_entropy_weight, "cross_entropy_weight belongs to objective: self_critical")
+            _require(not self.dropout, "dropout: true belongs to objective: self_critical; cross_entropy always has it")
 
 
 @dataclass(frozen=True)
