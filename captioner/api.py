@@ -74,8 +74,9 @@ class Captioner:
         Args:
             source: None for the bundled model, which needs no network; a folder; or a hub id "user/name".
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
-            runtime: what computes: "torch"; "onnx", ONNX Runtime on the CPU, several times as fast there; "auto": onnx
-                on a CPU where the folder has ONNX graphs (see `captioner export`), else torch.
+            runtime: what computes: "torch"; "onnx", ONNX Runtime on the CPU, several times as fast there; "onnx-int8",
+                with the encoder in 8 bits, for CPUs with VNNI; "auto": onnx on a CPU where the folder has ONNX graphs
+                (see `captioner export`), else torch.
             threads: of the CPU to compute on; None: for onnx the CPUs that this process may use, for torch what PyTorch
                 is set to.
 

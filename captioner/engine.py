@@ -128,4 +128,5 @@ def fingerprint(captioner: Captioner) -> str:
     for name, value in captioner.runtime.weights():
         digest.update(f"{name} torch.{value.dtype} {list(value.shape)}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
+    digest.update(captioner.runtime.variant.encode())
     return digest.hexdigest()

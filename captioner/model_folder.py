@@ -26,6 +26,8 @@ WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenize
 # The graphs of ONNX Runtime; their weights are those of WEIGHTS.
 ENCODER_GRAPH, START_GRAPH, STEP_GRAPH = "encoder.onnx", "decoder_start.onnx", "decoder_step.onnx"
 GRAPHS = (ENCODER_GRAPH, START_GRAPH, STEP_GRAPH)
+# The encoder in 8 bits, where one was made; it has weights of its own.
+INT8_GRAPH = "encoder_int8.onnx"
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -54,6 +56,11 @@ class ModelFolder:
         return "onnx" in self.description
 
     @property
+    def has_int8(self) -> bool:
+        """Whether the encoder was quantised to 8 bits too."""
+        return self.has_graphs and INT8_GRAPH in self.description["onnx"]["sha256"]
+
+    @property
     def grid_hw(self) -> tuple[int, int]:
         """Rows and columns of the grid, as the export noted them; of a folder whose graphs were checked."""
         rows, columns = self.description["onnx"]["grid_hw"]
@@ -70,8 +77,11 @@ class ModelFolder:
         """
         return _read_checked(self.path, WEIGHTS, self.description["sha256"])
 
-    def check_graphs(self) -> None:
+    def check_graphs(self, *, int8: bool = False) -> None:
         """Check the ONNX graphs and the weights that they point into.
+
+        Args:
+            int8: the encoder in 8 bits too.
 
         Raises:
             CheckpointError: when the folder has none, or a file is missing, damaged or of another model.
@@ -88,7 +98,11 @@ class ModelFolder:
             raise CheckpointError(
                 f'{self.path / CONFIG}: damaged: "onnx" needs "grid_hw", rows and columns of the grid'
             )
-        for name in (WEIGHTS, *GRAPHS):
+        if int8 and not self.has_int8:
+            raise CheckpointError(
+                f"{self.path}: its encoder was not quantised; do it with: captioner export {self.path} --int8 PHOTOS"
+            )
+        for name in (WEIGHTS, *GRAPHS, *((INT8_GRAPH,) if int8 else ())):
             _read_checked(self.path, name, graphs["sha256"])
 
 
@@ -134,7 +148,7 @@ def copy_folder(folder: ModelFolder, target: str | os.PathLike[str]) -> None:
         ConfigError: when `target` is no path.
     """
     checksums = {**folder.description["sha256"], **folder.description.get("onnx", {}).get("sha256", {})}
-    names = [WEIGHTS, TOKENIZER, *(GRAPHS if folder.has_graphs else ())]
+    names = [WEIGHTS, TOKENIZER, *(GRAPHS if folder.has_graphs else ()), *((INT8_GRAPH,) if folder.has_int8 else ())]
     contents = {name: _read_checked(folder.path, name, checksums) for name in names}
     contents[CARD] = folder.card.encode()
     contents[CONFIG] = _read(folder.path / CONFIG)
@@ -159,7 +173,7 @@ def write_files(path: Path, contents: Mapping[str, bytes]) -> None:
             partial = path / f".{name}.{os.getpid()}.partial"
             partial.write_bytes(content)
             partial.replace(path / name)
-        for name in GRAPHS:
+        for name in (*GRAPHS, INT8_GRAPH):
             if name not in contents:  # of an earlier model: they point into its weights
                 (path / name).unlink(missing_ok=True)
     except (OSError, ValueError) as err:  # a name with a NUL is a ValueError
@@ -207,7 +221,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD, *GRAPHS]))
+        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD, *GRAPHS, INT8_GRAPH]))
     except HFValidationError as err:
         raise CheckpointError(
             f"{shown(Path(hub_id))}: neither a folder nor a valid hub id: {first_line(err)[:120]}"

@@ -35,7 +35,7 @@ Runtime = Annotated[
     str,
     typer.Option(
         "--runtime",
-        metavar="auto|torch|onnx",
+        metavar="auto|torch|onnx|onnx-int8",
         help="What computes; auto is ONNX Runtime on a CPU where the model was exported, else PyTorch.",
     ),
 ]

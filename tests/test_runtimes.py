@@ -724,7 +724,9 @@ def test_onnx_computes_on_the_cpu_alone(exported, device):
 
 @pytest.mark.parametrize("runtime", ["tensorrt", "ONNX", "", None, 5, ["onnx"]])
 def test_an_unknown_runtime_is_refused(exported, runtime):
-    with pytest.raises(ConfigError, match=re.escape(f"runtime must be one of auto, torch, onnx, got {runtime!r}")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"runtime must be one of auto, torch, onnx, onnx-int8, got {runtime!r}")
+    ):
         Captioner.load(exported("mean"), runtime=runtime)
 
 

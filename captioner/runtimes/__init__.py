@@ -16,7 +16,7 @@ from captioner.runtimes.protocol import Runtime
 if TYPE_CHECKING:
     from captioner.model_folder import ModelFolder
 
-RuntimeName = Literal["auto", "torch", "onnx"]
+RuntimeName = Literal["auto", "torch", "onnx", "onnx-int8"]
 RUNTIMES: tuple[str, ...] = get_args(RuntimeName)
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeName", "open_runtime"]
@@ -30,8 +30,8 @@ def open_runtime(
     Args:
         folder: the model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
-        runtime: "torch"; "onnx", ONNX Runtime on the CPU; "auto": onnx on a CPU where the folder has ONNX graphs,
-            else torch.
+        runtime: "torch"; "onnx", ONNX Runtime on the CPU; "onnx-int8", the same with the encoder in 8 bits, where the
+            folder has one; "auto": onnx on a CPU where the folder has ONNX graphs, else torch.
         threads: of the CPU; None: ONNX Runtime takes those that this process may use, PyTorch keeps what it has.
 
     Returns:
@@ -44,16 +44,17 @@ def open_runtime(
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
-    if runtime == "onnx" and device not in ("auto", "cpu"):
-        raise ConfigError(f"runtime 'onnx' computes on the CPU, got device {device!r}; use runtime='torch' for it")
+    wants_onnx = runtime.startswith("onnx")
+    if wants_onnx and device not in ("auto", "cpu"):
+        raise ConfigError(f"runtime {runtime!r} computes on the CPU, got device {device!r}; use runtime='torch' for it")
     installed = importlib.util.find_spec("onnxruntime") is not None
-    if runtime == "onnx" and not installed:
-        raise ConfigError("runtime 'onnx' needs the package onnxruntime: pip install onnxruntime")
+    if wants_onnx and not installed:
+        raise ConfigError(f"runtime {runtime!r} needs the package onnxruntime: pip install onnxruntime")
     usable = folder.has_graphs and installed
-    if runtime == "onnx" or (runtime == "auto" and usable and (device == "cpu" or not _may_have_gpu(device))):
+    if wants_onnx or (runtime == "auto" and usable and (device == "cpu" or not _may_have_gpu(device))):
         from captioner.runtimes.onnx import OnnxRuntime
 
-        return OnnxRuntime(folder, threads=threads)
+        return OnnxRuntime(folder, threads=threads, int8=runtime == "onnx-int8")
     from captioner.runtimes.pytorch import TorchRuntime, find_device
 
     # A driver is no GPU: PyTorch itself has the last word.

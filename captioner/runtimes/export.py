@@ -39,6 +39,7 @@ from captioner.model_folder import (
     CONFIG,
     ENCODER_GRAPH,
     GRAPHS,
+    INT8_GRAPH,
     START_GRAPH,
     STEP_GRAPH,
     TOKENIZER,
@@ -49,6 +50,7 @@ from captioner.model_folder import (
 )
 from captioner.preprocessing import normalise
 from captioner.rows import GridMemory, PictureRows
+from captioner.runtimes.quantise import quantise_encoder, read_photos
 
 if TYPE_CHECKING:
     import onnx
@@ -146,24 +148,27 @@ class _RecurrentStep(nn.Module):
         return logits_NV.float().log_softmax(dim=-1), attention_NP.clone(), after.hidden_BS, after.cell_BS
 
 
-def export_onnx(source: str | os.PathLike[str] | None) -> ModelFolder:
+def export_onnx(source: str | os.PathLike[str] | None, *, int8_photos: Sequence[str] = ()) -> ModelFolder:
     """Write the ONNX graphs of a model into its folder.
 
     Before anything is written, captions are scored through both runtimes: what lies apart by more than `TOLERANCE` is
-    refused.
+    refused. Of an encoder in 8 bits that cannot be asked: how much it costs is for the scores of its captions to say.
 
     Args:
         source: a model folder; None for the bundled model.
+        int8_photos: to quantise the encoder too, files and folders of photos like those that it will see, of which the
+            first 128 are taken; see `captioner.runtimes.quantise`.
 
     Returns:
         The folder with its graphs.
 
     Raises:
         CheckpointError: when the folder cannot be read or written, or the runtimes differ.
-        ConfigError: when `source` is no path, or what exports is not installed.
+        ConfigError: when `source` is no path, what exports is not installed, or too few of the photos can be read.
     """
     _require_exporter()
     folder = read_folder(source)
+    squares = read_photos(int8_photos, folder.config.preprocessing) if int8_photos else []
     checkpoint = load_checkpoint(folder)
     weights = folder.read_weights()
     places = _places(weights)
@@ -182,13 +187,23 @@ def export_onnx(source: str | os.PathLike[str] | None) -> ModelFolder:
         "grid_hw": list(checkpoint.model.encoder.grid_hw),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in {**graphs, WEIGHTS: weights}.items()},
     }
-    contents = {**graphs, CONFIG: (json.dumps(description, indent=2) + "\n").encode()}
+    contents = {**graphs, CONFIG: _json(description)}
     with tempfile.TemporaryDirectory() as trial:
         rest = {name: (folder.path / name).read_bytes() for name in (WEIGHTS, TOKENIZER)}
         write_files(Path(trial), {**rest, CARD: folder.card.encode(), **contents})
         compare_runtimes(read_folder(trial), checkpoint)
+        if int8_photos:
+            graph = quantise_encoder(Path(trial, ENCODER_GRAPH), squares)
+            description["onnx"]["sha256"][INT8_GRAPH] = hashlib.sha256(graph).hexdigest()
+            description["onnx"]["int8_photos"] = len(squares)
+            # config.json last: it vouches for the others.
+            contents = {**graphs, INT8_GRAPH: graph, CONFIG: _json(description)}
     write_files(folder.path, contents)
     return read_folder(folder.path)
+
+
+def _json(description: dict[str, Any]) -> bytes:
+    return (json.dumps(description, indent=2) + "\n").encode()
 
 
 def _require_exporter() -> None:

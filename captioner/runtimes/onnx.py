@@ -22,7 +22,16 @@ from captioner.decoders.multihead_state import MultiheadState
 from captioner.decoders.protocol import StepDecoder, checked_steps, count_down
 from captioner.decoders.recurrent import RecurrentState
 from captioner.errors import CheckpointError
-from captioner.model_folder import CONFIG, ENCODER_GRAPH, START_GRAPH, STEP_GRAPH, WEIGHTS, ModelFolder, first_line
+from captioner.model_folder import (
+    CONFIG,
+    ENCODER_GRAPH,
+    INT8_GRAPH,
+    START_GRAPH,
+    STEP_GRAPH,
+    WEIGHTS,
+    ModelFolder,
+    first_line,
+)
 from captioner.rows import GridMemory, PictureRows
 from captioner.threads import checked_threads
 
@@ -36,27 +45,34 @@ class OnnxRuntime:
     Args:
         folder: of a model that was exported.
         threads: to compute on; None: the CPUs that this process may use.
+        int8: look at pictures in 8 bits; see `captioner.runtimes.quantise`.
+
+    Attributes:
+        name: "onnx" or "onnx-int8".
+        variant: empty, or the SHA-256 of the encoder in 8 bits.
 
     Raises:
         CheckpointError: when the folder has no graphs, or a file is missing, damaged or of another model.
         ConfigError: for an impossible number of threads.
     """
 
-    name = "onnx"
     device = "cpu"
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
-        folder.check_graphs()
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None, int8: bool = False) -> None:
+        folder.check_graphs(int8=int8)
+        self.name = "onnx-int8" if int8 else "onnx"
+        self.variant: str = folder.description["onnx"]["sha256"][INT8_GRAPH] if int8 else ""
         self._config = folder.config
         self.grid_hw = folder.grid_hw
         self._folder = folder
         options = _options(checked_threads(threads))
-        self._encoder = _Graph(folder, ENCODER_GRAPH, options)
+        encoder = INT8_GRAPH if int8 else ENCODER_GRAPH
+        self._encoder = _Graph(folder, encoder, options)
         cells = self._encoder.output_shape[1]
         if cells != self.grid_hw[0] * self.grid_hw[1]:
             raise CheckpointError(
                 f"{folder.path / CONFIG}: damaged: grid_hw {list(self.grid_hw)} is not the grid of {cells} cells that "
-                f"{ENCODER_GRAPH} gives"
+                f"{encoder} gives"
             )
         kind = _MultiheadDecoder if folder.config.decoder == "multihead" else _RecurrentDecoder
         start, step = _Graph(folder, START_GRAPH, options), _Graph(folder, STEP_GRAPH, options)

@@ -17,11 +17,13 @@ class Runtime(Protocol):
     """A model, loaded and ready. Safe to call from many threads.
 
     Attributes:
-        name: "torch" or "onnx".
+        name: "torch", "onnx" or "onnx-int8".
+        variant: what features depend on besides the weights: empty, or the SHA-256 of an encoder in 8 bits.
         grid_hw: rows and columns of the grid.
     """
 
     name: str
+    variant: str
     grid_hw: tuple[int, int]
 
     @property

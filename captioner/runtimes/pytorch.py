@@ -31,6 +31,7 @@ class TorchRuntime:
     """
 
     name = "torch"
+    variant = ""
 
     def __init__(self, model: CaptionModel, *, device: str = "auto", threads: int | None = None) -> None:
         if threads is not None:

@@ -1,0 +1,124 @@
+"""The encoder's ONNX graph → one that computes in 8 bits, several times as fast on CPUs with VNNI.
+
+Static quantisation of ONNX Runtime: weights per channel, one scale for each; the ranges of the activations from
+photos. The convolutions come with what follows them: clips, so that the range of an activation is that behind the
+ReLU6 and not before it, where most of it is cut off, and additions, so that a residual block stays in 8 bits.
+
+Source: Krishnamoorthi 2018 (arXiv 1806.08342), sec. 3; the decoder, a twentieth of the work, stays in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captioner.config import PreprocessingConfig
+from captioner.decoding import Task, decode
+from captioner.errors import ConfigError
+from captioner.prepared import PreparedPicture
+from captioner.sources import find_pictures
+
+FEWEST_PHOTOS, MOST_PHOTOS = 32, 128
+_AT_ONCE = 8  # photos
+_QUANTISED = ("Conv", "Clip", "Relu", "Add")
+
+Pixels = npt.NDArray[Any]
+
+
+def read_photos(sources: Sequence[str], config: PreprocessingConfig) -> list[Pixels]:
+    """Read the photos to tell ranges from.
+
+    Args:
+        sources: of `captioner.sources.find_pictures`.
+        config: of the model.
+
+    Returns:
+        The first 128 that can be read, uint8 [3, side, side] each.
+
+    Raises:
+        ConfigError: when a source cannot be understood, or fewer than 32 photos can be read.
+    """
+    decoded = (decode(Task(picture, config)) for picture in find_pictures(sources))
+    good = (item.pixels_u8 for item in decoded if isinstance(item, PreparedPicture))
+    squares: list[Pixels] = list(itertools.islice(good, MOST_PHOTOS))
+    if len(squares) < FEWEST_PHOTOS:
+        raise ConfigError(
+            f"--int8 {' '.join(sources)}: {len(squares)} photos that can be read; name at least {FEWEST_PHOTOS}, to "
+            "tell the ranges of the activations from"
+        )
+    return squares
+
+
+def quantise_encoder(path: Path, pictures: Sequence[Pixels]) -> bytes:
+    """Make the int8 graph of an encoder; it holds its own weights.
+
+    Args:
+        path: of the graph, with one input, pictures.
+        pictures: as the graph takes them, [3, side, side] each.
+
+    Returns:
+        The content of the new graph's file.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        plain, quantised = Path(name, "float32.onnx"), Path(name, "int8.onnx")
+        _quantise(plain, quantised, pictures, name=_write_plain(path, plain))
+        return quantised.read_bytes()
+
+
+def _write_plain(path: Path, plain: Path) -> str:
+    """Write a graph as the quantiser wants it, weights in the file and what is constant computed; return its input."""
+    import onnx
+    import onnxruntime  # type: ignore[import-untyped]
+
+    onnx.save(onnx.load(path), plain)  # with the weights that lie in another file
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(plain)
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(plain.read_bytes(), options, providers=["CPUExecutionProvider"])
+    name: str = session.get_inputs()[0].name
+    return name
+
+
+def _quantise(plain: Path, quantised: Path, pictures: Sequence[Pixels], *, name: str) -> None:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
+    from onnxruntime.quantization.calibrate import CalibrationDataReader  # type: ignore[import-untyped]
+
+    class Photos(CalibrationDataReader):  # type: ignore[misc]
+        """Yields the photos in batches."""
+
+        def __init__(self) -> None:
+            self._feeds: Iterator[dict[str, Any]] = (
+                {name: np.stack(pictures[start : start + _AT_ONCE])} for start in range(0, len(pictures), _AT_ONCE)
+            )
+
+        def get_next(self) -> dict[str, Any] | None:
+            """Return the next batch."""
+            return next(self._feeds, None)
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises what has just been done
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantize_static(
+                str(plain),
+                str(quantised),
+                Photos(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=list(_QUANTISED),
+            )
+    finally:
+        root.setLevel(level)
