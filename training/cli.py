@@ -28,7 +28,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
 from captioner.model_folder import CONFIG
 from training import export, results, survey
-from training.callbacks import HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord
+from training.callbacks import Branches, HealthCheck, LastCheckpoint, PictureLog, RunEta, RunRecord
+from training.callbacks.last import STAGE
 from training.data import CaptionData
 from training.module import CaptionModule
 
@@ -64,7 +65,10 @@ class CaptionCLI(LightningCLI):
         parser.add_lightning_class_args(HealthCheck, "health")
         parser.add_lightning_class_args(PictureLog, "picture_log")
         parser.add_argument(
-            "--export", type=str | None, default=None, help="model folder to write after fit, from the best epoch"
+            "--export",
+            type=str | None,
+            default=None,
+            help="model folder to write after fit, from the best epoch, or from the mean of the run's branches",
         )
         parser.link_arguments("model.init_from", "data.init_from")
         for target in ("data.seed", "model.seed"):
@@ -131,9 +135,14 @@ class CaptionCLI(LightningCLI):
         return trainer
 
     def after_fit(self) -> None:
-        """Write the model folder of the best epoch, if it is wanted; Lightning calls it."""
+        """Write the model folder of the best epoch, or of the branches' mean, if it is wanted; Lightning calls it."""
         folder = self.config[self.config.subcommand].get("export")
         if folder is None or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.model.plan.branches:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
+            self._export([last.folder / STAGE.format(number) for number in self.model.plan.branches], Path(folder))
             return
         best = [
             callback.best_model_path
@@ -142,7 +151,10 @@ class CaptionCLI(LightningCLI):
         ]
         if not best:
             raise ConfigError("--export: no epoch was validated, so none is the best; export last.ckpt by hand")
-        evaluation = export.export([Path(best[0])], Path(folder))
+        self._export([Path(best[0])], Path(folder))
+
+    def _export(self, checkpoints: list[Path], folder: Path) -> None:
+        evaluation = export.export(checkpoints, folder)
         sys.stdout.write(f"{evaluation.table()}\n\nThe model is in {folder}\n")
 
 
@@ -316,7 +328,7 @@ def _run(arguments: list[str] | None) -> None:
         trainer_defaults={
             # Our sampler gives each process its share itself.
             "use_distributed_sampler": False,
-            "callbacks": [RunRecord(), RunEta()],
+            "callbacks": [RunRecord(), RunEta(), Branches()],
             "plugins": [{"class_path": "training.callbacks.SafeCheckpointIO"}],
         },
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from captioner.errors import ConfigError
 from training.rewards import RewardConfig
@@ -54,6 +55,10 @@ class Stage:
         cross_entropy_weight: share of cross-entropy in the loss of a self-critical stage.
         dropout: whether a self-critical stage learns with dropout on, so that it does not learn its pictures by
             heart; without, what is made more probable is exactly the model that drew. Cross-entropy always has it.
+        from_stage: the stage, counted from 1, with whose last weights (their averages, where they are averaged) this
+            one begins, with a new optimiser; None: it goes on from the stage before. Several stages from one are
+            branches that differ by chance; at the end of a run `--export` takes the mean of their weights, which
+            generalises better than each of them (model soups, Wortsman et al. 2022).
 
     Raises:
         ConfigError: for a value out of range, or two that exclude each other.
@@ -78,6 +83,7 @@ class Stage:
     reward: RewardConfig = field(default_factory=RewardConfig)
     cross_entropy_weight: float = 0.0
     dropout: bool = False
+    from_stage: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
@@ -153,11 +159,23 @@ class StagePlan:
                 f"stage {late[0] + 1} reads cached features, but stage {tuned[0] + 1} has trained the encoder; "
                 "cached stages come first"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.from_stage is not None and not 1 <= stage.from_stage <= index:
+                raise ConfigError(f"stage {index + 1}: from_stage must name an earlier stage, got {stage.from_stage}")
 
     @property
     def epochs(self) -> int:
         """Epochs of the whole run."""
         return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """The stages at the end of the run, counted from 1, that begin with one and the same; fewer than two: none."""
+        base = self.stages[-1].from_stage
+        count = len(list(takewhile(lambda stage: stage.from_stage == base, reversed(self.stages))))
+        if base is None or count < 2:
+            return ()
+        return tuple(range(len(self.stages) - count + 1, len(self.stages) + 1))
 
     @property
     def cached_epochs(self) -> int:

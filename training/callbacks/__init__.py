@@ -11,6 +11,7 @@ trainer:
 """
 
 from training.callbacks.averaging import WarmAveraging
+from training.callbacks.branches import Branches
 from training.callbacks.checkpoints import SafeCheckpointIO
 from training.callbacks.health import HealthCheck
 from training.callbacks.last import LastCheckpoint
@@ -20,6 +21,7 @@ from training.callbacks.protocols import Picture, RunData, RunModule
 from training.callbacks.record import RunRecord
 
 __all__ = [
+    "Branches",
     "HealthCheck",
     "LastCheckpoint",
     "Picture",

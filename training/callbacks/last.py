@@ -43,6 +43,11 @@ class LastCheckpoint(Checkpoint):
         self._written = time.monotonic()
         self._path = Path()
 
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie; known from `setup` on."""
+        return self._path.parent
+
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Choose the place.
 
