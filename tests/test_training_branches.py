@@ -78,6 +78,7 @@ def test_every_branch_begins_with_the_weights_of_its_stage_and_no_memory(whole):
 def test_branches_differ_and_their_mean_is_exported(whole):
     folder, _ = whole
     first, second = (weights_of(folder / "checkpoints" / f"stage-{number}.ckpt") for number in (2, 3))
+    assert "the mean of stage-2.ckpt, stage-3.ckpt" in (folder / "model" / "README.md").read_text()
     exported = Captioner.load(folder / "model", device="cpu").model.state_dict()
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
     assert any("decoder" in name for name in different)

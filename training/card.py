@@ -36,6 +36,7 @@ class CardFacts:
         sections: more of the card, between scores and training: heading and text.
         limits: what the model does not know, in words; empty: what holds for all.
         pictured: whether a picture of its maps lies beside the card.
+        averaged: names of the checkpoints whose mean its weights are; of one, none are told.
     """
 
     name: str
@@ -49,6 +50,7 @@ class CardFacts:
     sections: Sequence[tuple[str, str]] = ()
     limits: str = ""
     pictured: bool = False
+    averaged: Sequence[str] = ()
 
 
 def model_card(model: CaptionModel, facts: CardFacts) -> str:
@@ -74,6 +76,7 @@ def model_card(model: CaptionModel, facts: CardFacts) -> str:
     maps = f"\n![What it wrote of a photo, and where it looked for each word]({MAPS})\n" if facts.pictured else ""
     settings = json.dumps(dataclasses.asdict(config.decoder_settings))
     chosen = {k: v for k, v in facts.search.to_dict().items() if v != getattr(SearchDefaults(), k)}
+    mean = f"\n* Weights: the mean of {', '.join(facts.averaged)}." if len(facts.averaged) > 1 else ""
     return f"""# {facts.name}
 
 A picture in, an English sentence out, and for every word a map of where the model looked.
@@ -108,7 +111,7 @@ scores lean a little to the good side.
 
 {facts.data}
 
-* Command: `{facts.command}`
+* Command: `{facts.command}`{mean}
 * SHA-256 of names and captions: `{facts.data_sha256}`
 * Lightning {lightning.__version__}, torch {torch.__version__}. {facts.notes}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from captioner import Captioner
 from captioner.caption import Caption
@@ -223,7 +225,7 @@ def export(
     evaluation = evaluate(predictions, references, meteor=java.missing("METEOR") is None)
     sections += [*_pointing_section(captioner, dev), *_wider_section(captioner, source.extra)]
     if photo is not None:
-        captioner.caption(photo).figure().savefig(folder / MAPS, dpi=80)
+        _draw_maps(captioner, photo, folder / MAPS)
     formats = " and ".join(part.format for part in (source.source, source.extra) if part is not None)
     card = model_card(
         captioner.model,
@@ -240,10 +242,18 @@ def export(
             sections=sections,
             limits=limits,
             pictured=photo is not None,
+            averaged=[path.name for path in checkpoints],
         ),
     )
     save_checkpoint(Checkpoint(checkpoint.model, checkpoint.tokenizer, card), folder, half=half)
     return evaluation
+
+
+def _draw_maps(captioner: Captioner, photo: Path, path: Path) -> None:
+    """Draw the figure of a caption, in 256 colours: a quarter of the size, and a model folder may have a limit."""
+    content = io.BytesIO()
+    captioner.caption(photo).figure().savefig(content, format="png", dpi=80)
+    Image.open(content).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _pointing_section(captioner: Captioner, dev: Sequence[CaptionedPicture]) -> list[tuple[str, str]]:
