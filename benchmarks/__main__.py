@@ -1,6 +1,6 @@
 """Runs the figures, prints a table and writes what was found; see benchmarks/README.md.
 
-python -m benchmarks [FIGURE...] [--quick] [--runtime auto|torch|onnx] [--threads N] [--model FOLDER] [--results FOLDER]
+python -m benchmarks [FIGURE...] [--quick] [--runtime RUNTIME] [--threads N] [--model FOLDER] [--results FOLDER]
 
 Run it from a checkout, on a machine that does nothing else.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import cold_start, gpu, gpu_training, int8, many_pictures, maps, one_picture, scaling
 from benchmarks.figure import Figure, Settings
 from benchmarks.machine import describe_day, describe_machine, describe_versions, usable_cores
+from captioner.runtimes import RUNTIMES
 
 FIGURES: dict[str, Callable[[Settings], Figure]] = {
     "one_picture": one_picture.measure,
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"default: all of {', '.join(FIGURES)}")
     parser.add_argument("--model", help="default: the bundled model")
-    parser.add_argument("--runtime", choices=("auto", "torch", "onnx"), default="auto")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="auto")
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()), help="of every contestant")
     parser.add_argument("--quick", action="store_true", help="one repetition of few pictures: does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for results.json and plots")

@@ -16,7 +16,7 @@ class Settings:
 
     Args:
         model: folder or hub id; None for the bundled model.
-        runtime: "auto", "torch" or "onnx".
+        runtime: of `captioner.runtimes.RUNTIMES`.
         threads: of torch and of ONNX Runtime, the same for all contestants.
         quick: one repetition of few pictures: whether a benchmark runs, not how fast.
         results: folder for plots.

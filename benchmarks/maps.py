@@ -105,7 +105,7 @@ class CaptionsAlone:
     def __init__(self, captioner: Captioner, settings: Settings) -> None:
         self._runtime, self._tokenizer = captioner.runtime, captioner.tokenizer
         decoder: Any = captioner.runtime.decoder
-        if captioner.runtime.name == "onnx":
+        if captioner.runtime.name != "torch":
             self._decoder = onnx_without_maps(decoder, model_folder(settings), threads=settings.threads)
         else:
             self._decoder = torch_without_maps(decoder)
@@ -130,7 +130,7 @@ def measure(settings: Settings) -> Figure:
     """
     captioner = load_captioner(settings)
     absent = None if captioner.config.decoder == "multihead" else "only the transformer is known without maps here"
-    absent = absent or (missing("onnx") if captioner.runtime.name == "onnx" else None)
+    absent = absent or (missing("onnx") if captioner.runtime.name != "torch" else None)
     if absent:
         return Figure(title=TITLE, absent=absent)
     alone = CaptionsAlone(captioner, settings)
@@ -140,15 +140,20 @@ def measure(settings: Settings) -> Figure:
         one = pictures[:1]
         texts = [caption.text for caption in captioner.caption_batch(pictures, **FORCED)]  # type: ignore[union-attr]
         differ = sum(text != other for text, other in zip(texts, alone(pictures), strict=True))
+        how: dict[str, Any] = {"repetitions": settings.pick(15, 1), "least_s": 0.0 if settings.quick else 0.3}
+        # Each size by itself: whoever has one picture after another's batch is a fifth slower for a while.
         series = take_turns(
             {
                 f"captions alone, batches of {batch}": lambda: alone(pictures),
                 f"all of it, batches of {batch}": lambda: list(captioner.caption_batch(pictures, **FORCED)),
+            },
+            **how,
+        ) | take_turns(
+            {
                 "captions alone, one picture": lambda: alone(one),
                 "all of it, one picture": lambda: captioner.caption(one[0], **FORCED),
             },
-            repetitions=settings.pick(15, 1),
-            least_s=0.0 if settings.quick else 0.3,
+            **how,
         )
     sizes = (f"batches of {batch}", "one picture")
     cost, cpu_cost = (
