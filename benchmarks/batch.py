@@ -1,6 +1,6 @@
 """How fast a batch run is from files to records, against the model's own rate on pictures in memory; and its memory.
 
-python benchmarks/batch.py [--pictures 128] [--repeats 5] [--workers N] [--model FOLDER] [PHOTO...]
+python benchmarks/batch.py [--pictures 512] [--repeats 5] [--workers N] [--model FOLDER] [PHOTO...]
 python benchmarks/batch.py --memory 20000 [--model FOLDER]
 
 The two rates are taken in turns, and each figure is the median of the repeats. Memory is the resident memory of the run
@@ -111,7 +111,7 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="*", type=Path, help="default: those of examples/")
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--model", help="default: the bundled model")
