@@ -7,7 +7,7 @@ Shapes: P pictures, K columns of statistics per picture, R resamples, M metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ def bootstrap(
         MetricError: `resamples` is below 2, or `confidence` not between 0 and 1.
     """
     _check(resamples, confidence)
-    scores_RM = _resampled(statistics_PK, score, resamples, seed)
+    scores_RM = _resampled([statistics_PK], score, resamples, seed)
     return _percentiles(scores_RM, confidence)
 
 
@@ -92,13 +92,11 @@ def compare_paired(
     """
     _check(resamples, confidence)
     value_M = _scores(first_PK, score) - _scores(second_PK, score)
-    width = first_PK.shape[1]
 
-    def difference(sums_RK: Floats) -> Floats:
-        return score(sums_RK[:, :width]) - score(sums_RK[:, width:])
+    def difference(first_RK: Floats, second_RK: Floats) -> Floats:
+        return score(first_RK) - score(second_RK)
 
-    both_PK = np.concatenate([first_PK, second_PK], axis=1)
-    intervals = _percentiles(_resampled(both_PK, difference, resamples, seed), confidence)
+    intervals = _percentiles(_resampled([first_PK, second_PK], difference, resamples, seed), confidence)
 
     rng = np.random.default_rng(seed)
     moved_PK = second_PK - first_PK
@@ -132,15 +130,19 @@ def _chunks(resamples: int) -> list[int]:
     return [min(_CHUNK, resamples - done) for done in range(0, resamples, _CHUNK)]
 
 
-def _resampled(statistics_PK: Floats, score: ScoreOfSums, resamples: int, seed: int) -> Floats:
+def _resampled(statistics: Sequence[Floats], score: Callable[..., Floats], resamples: int, seed: int) -> Floats:
+    """Return the score of each resample; the same pictures are drawn from all statistics.
+
+    Each has a product of its own: in one of them all, equal columns differ in the last bits by where they stand.
+    """
     rng = np.random.default_rng(seed)
-    pictures = len(statistics_PK)
+    pictures = len(statistics[0])
     scores = []
     for rows in _chunks(resamples):
         drawn_RP = rng.integers(0, pictures, size=(rows, pictures))
         flat = (drawn_RP + np.arange(rows)[:, None] * pictures).ravel()
         weights_RP = np.bincount(flat, minlength=rows * pictures).reshape(rows, pictures)
-        scores.append(score(weights_RP @ statistics_PK))
+        scores.append(score(*(weights_RP @ statistics_PK for statistics_PK in statistics)))
     return np.concatenate(scores)
 
 
