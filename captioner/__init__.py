@@ -55,13 +55,16 @@ __all__ = [
 
 # What needs torch comes in when it is first asked for: torch takes seconds to import.
 _LATER = {"Captioner": "captioner.api", "Caption": "captioner.caption", "Word": "captioner.caption"}
+_MODULES = ("batch",)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LATER[name]), name)
     globals()[name] = value
     return value

@@ -223,6 +223,8 @@ def run(
             plan.check_unclaimed(journal)
         with engine, Total(given, search, part, wanted=progress is not None) as total:
             first = list(itertools.islice(pictures, 1))  # a source that is not there is said before anything is begun
+            for picture in first:
+                plan.check_place(picture)
             header = {**engine.identity, **plan.settings(), "shard": None if shard is None else str(part)}
             _begin(journal, plan, header, overwrite=overwrite)
             kept: dict[str, Any] = {"limits": search["limits"], "picture_limits": picture_limits, "keep": _lists(given)}

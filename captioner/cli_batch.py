@@ -125,7 +125,11 @@ def batch(
         int | None, typer.Option(metavar="N", help="The most bytes an archive unpacks to.  [default: 1099511627776]")
     ] = None,
     max_ratio: Annotated[
-        int | None, typer.Option(metavar="N", help="How many times its size an archive unpacks to.  [default: 200]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many times its size an archive unpacks to; below --max-member-bytes in all, any.  [default: 200]",
+        ),
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(metavar="N", help="The most pixels of a picture.  [default: 100000000]")

@@ -29,7 +29,7 @@ from captioner.journal import Journal, disk_fault
 from captioner.sources import SourcePicture
 from captioner.tables import ALT_TEXT, require_parquet, table_hash, write_csv, write_parquet
 from captioner.templates import Template, alt_text
-from captioner.writers import FORMATS, MapsWriter, Sidecar, TextWriter, XmpWriter
+from captioner.writers import FORMATS, MapsWriter, Sidecar, TextWriter, XmpWriter, check_beside
 
 if TYPE_CHECKING:
     from captioner.engine import Result
@@ -195,6 +195,18 @@ class Outputs:
             "alt_text": self.alt_text,
             "sidecar": self.sidecar,
         }
+
+    def check_place(self, picture: SourcePicture) -> None:
+        """Refuse files beside a picture in an archive, before anything is begun.
+
+        Args:
+            picture: the first of the run.
+
+        Raises:
+            ConfigError: naming the picture.
+        """
+        if self.into is None and ({"txt", "xmp"} & set(self.formats) or self.maps is not None):
+            check_beside(picture)
 
     def check_tables(self, journal: Journal) -> None:
         """Refuse to write over a table that does not hold what we wrote.

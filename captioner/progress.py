@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, Self, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 from captioner.errors import CaptionerError
@@ -188,12 +189,19 @@ class BarDisplay:
 
     def __init__(self, console: Console) -> None:
         self._bar = Bar(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-            TextColumn("{task.fields[last]}", markup=False, style="dim"),
+            BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
+            # Where there is little room, the caption is what gives way.
+            TextColumn(
+                "{task.fields[last]}",
+                markup=False,
+                style="dim",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
             transient=False,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=None, status="starting", last="")
 

@@ -58,6 +58,13 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 NOTHING: frozenset[bytes] = frozenset()
 
 
+def check_beside(picture: SourcePicture) -> None:
+    """Raise ConfigError when nothing can lie beside a picture, for it is in an archive."""
+    if picture.member is not None:
+        label = printable(picture.name)
+        raise ConfigError(f"{label}: nothing can lie beside a picture in an archive; name a folder with --into")
+
+
 class _PictureWriter:
     """Where the files of pictures lie.
 
@@ -100,9 +107,7 @@ class _PictureWriter:
     def _beside(self, picture: SourcePicture, name: str) -> Path:
         if self.folder is not None:
             return self.folder / picture.relative.parent / name
-        if picture.member is not None:
-            label = printable(picture.name)
-            raise ConfigError(f"{label}: nothing can lie beside a picture in an archive; name a folder with --into")
+        check_beside(picture)
         return picture.path.parent / name
 
     def _base(self, picture: SourcePicture, *, full_name: bool) -> str:

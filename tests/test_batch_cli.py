@@ -282,6 +282,30 @@ def test_a_terminal_shows_a_bar_with_rate_time_left_failures_and_the_last_captio
     assert "\x1b[31m" not in shown
 
 
+def test_in_a_narrow_terminal_the_caption_gives_way():
+    out = io.StringIO()
+    long = [*RESULTS, ("folder/of/many/names/0123456789.jpg", Result())]
+    with make_display(
+        quiet=False, console=Console(file=out, width=80, force_terminal=True, color_system=None)
+    ) as display:
+        display.update(state(29, total=100, results=long))
+    last = next(line for line in reversed(out.getvalue().splitlines()) if "33/100" in line)
+    for text in ("━━━", "33/100", "0:22 left", "1 failed", "fold"):
+        assert text in last
+
+
+def test_advice_of_a_refused_run_can_be_followed(source, batch, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", source)
+    output = tmp_path / "out.jsonl"
+    for more in (["--format", "jsonl,txt"], ["--maps", "npz"]):
+        refused = batch(archive, "-o", output, *more)
+        assert refused.exit_code == 2
+        assert "name a folder with --into" in refused.stderr
+        assert not output.exists()
+    assert batch(archive, "-o", output, "--format", "jsonl,txt", "--into", tmp_path / "texts").exit_code == 3
+    assert len(output.read_text().splitlines()) == COUNT
+
+
 def test_a_display_that_nobody_takes_goes_dumb():
     class Gone(io.StringIO):
         def write(self, text):

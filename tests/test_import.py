@@ -35,6 +35,10 @@ def test_import_captioner_loads_nothing_heavy():
     assert loaded.isdisjoint(HEAVY - {"typer"})
 
 
+def test_the_batch_module_is_there_without_an_import_of_its_own():
+    assert "captioner" in modules_after("import captioner; captioner.batch.run")
+
+
 def test_the_first_use_of_a_model_loads_nothing_heavy():
     assert modules_after("from captioner import Captioner").isdisjoint(HEAVY)
 
