@@ -401,6 +401,10 @@ _NOT_PICTURES = (
     (rb"<.*<svg|<svg", "SVG is a drawing, not a photo; convert it to PNG first"),
     (rb"%pdf", "a PDF document, not a picture; export the page as PNG or JPEG first"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the picture itself; run 'git lfs pull' first"),
+    (
+        rb"pk\x03\x04|\x1f\x8b|\xfd7zxz|bzh[1-9]|.{257}ustar",
+        "an archive, not a picture; name it as a source of its own, or unpack it",
+    ),
     (rb"....ftyp", "a video or unknown media file, not a picture; export a frame as JPEG or PNG first"),
 )
 

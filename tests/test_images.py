@@ -4,6 +4,7 @@ import io
 import os
 import random
 import re
+import shutil
 import struct
 import sys
 import threading
@@ -615,6 +616,15 @@ def test_extreme_shapes_are_pictures():
 )
 def test_what_the_bytes_are_is_said(data, fault):
     assert fault in message(data)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar", "xztar"])
+def test_an_archive_is_called_one(kind, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    path = Path(shutil.make_archive(str(tmp_path / "archive"), kind, folder))
+    assert "an archive, not a picture; name it as a source of its own" in message(path.read_bytes())
 
 
 @pytest.mark.parametrize("name", FILES)
