@@ -141,7 +141,7 @@ def measure(settings: Settings) -> Figure:
         texts = [caption.text for caption in captioner.caption_batch(pictures, **FORCED)]  # type: ignore[union-attr]
         differ = sum(text != other for text, other in zip(texts, alone(pictures), strict=True))
         how: dict[str, Any] = {"repetitions": settings.pick(15, 1), "least_s": 0.0 if settings.quick else 0.3}
-        # Each size by itself: whoever has one picture after another's batch is a fifth slower for a while.
+        # Each size by itself, so that one picture does not come after another's batch.
         series = take_turns(
             {
                 f"captions alone, batches of {batch}": lambda: alone(pictures),

@@ -19,7 +19,7 @@ from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
 from captioner.efficientnet_lite import SCALES, EfficientNetLite, package_of
-from captioner.encoder import FAMILIES, Encoder, available_backbones
+from captioner.encoder import FAMILIES, OWN, Encoder, available_backbones
 from captioner.errors import CheckpointError, ConfigError
 
 SMALLEST = {
@@ -253,6 +253,10 @@ def test_weights_come_from_a_file(weights, tmp_path, as_text):
 def test_weights_come_from_torchvision(weights, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
     _assert_loaded(Encoder(backbone=TINY, side_px=64, weights="torchvision"), weights)
+
+
+def test_the_names_of_the_lites_are_those_that_an_encoder_takes():
+    assert set(OWN) == set(SCALES)
 
 
 # Millions of parameters, of the table in the source's README.

@@ -1,8 +1,9 @@
 """Depthwise convolutions that learn in float32 where the rest is computed in bfloat16, on a CPU.
 
-There the gradient of a depthwise convolution in bfloat16 has no fast kernel: at 32 x 720 x 14 x 14, 5 x 5, it takes
-275 ms on two cores with AVX-512 and bfloat16, in float32 27 ms. They are a few hundredths of the work, and the 1 x 1
-convolutions around them stay in bfloat16, where they are twice as fast.
+There the gradient of a depthwise convolution is slower in bfloat16 than in float32: at 32 x 720 x 14 x 14, 5 x 5, it
+takes 55 to 78 ms against 23 ms, on two cores with AVX-512 and bfloat16 (timed by hand). The 1 x 1 convolutions around
+them stay in bfloat16, where they are faster. Forward and backward of the last 8 stages of EfficientNet-Lite2, 32
+pictures: 0.35 s in place of 0.67 s.
 """
 
 from __future__ import annotations

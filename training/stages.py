@@ -53,8 +53,8 @@ class Stage:
             the reference's (Bengio et al. 2015); it rises linearly from 0.
         reward: of a self-critical stage.
         cross_entropy_weight: share of cross-entropy in the loss of a self-critical stage.
-        dropout: whether a self-critical stage learns with dropout on, so that it does not learn its pictures by
-            heart; without, what is made more probable is exactly the model that drew. Cross-entropy always has it.
+        dropout: whether a self-critical stage learns with dropout on, against learning its pictures by heart;
+            without, what is made more probable is exactly the model that drew. Cross-entropy always has it.
         from_stage: the stage, counted from 1, with whose last weights (their averages, where they are averaged) this
             one begins, with a new optimiser; None: it goes on from the stage before. Several stages from one are
             branches that differ by chance; at the end of a run `--export` takes the mean of their weights, which

@@ -1,11 +1,11 @@
-"""The encoder's ONNX graph → one that computes in 8 bits, several times as fast on CPUs with VNNI.
+"""The encoder's ONNX graph → one that computes in 8 bits, about twice as fast on CPUs with VNNI.
 
 Static quantisation of ONNX Runtime: weights per channel, in 7 bits with a scale for each; the ranges of the
 activations from photos. The convolutions come with what follows them: clips, so that the range of an activation is
 that behind the ReLU6 and not before it, where most of it is cut off, and additions, so that a residual block stays in
 8 bits.
 
-Source: Krishnamoorthi 2018 (arXiv 1806.08342), sec. 3; the decoder, a twentieth of the work, stays in float32.
+Source: Krishnamoorthi 2018 (arXiv 1806.08342), sec. 3. The decoder stays in float32.
 """
 
 from __future__ import annotations
