@@ -1,6 +1,7 @@
 """Importing the library is light, and nothing happens at import."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,18 @@ def test_captioning_loads_no_page_no_training_and_no_drawing():
     loaded = modules_after(f"import captioner\n{picture}")
     assert "onnxruntime" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_captioning_leaves_nothing_in_the_home_folder_and_tells_nobody(tmp_path):
+    """ONNX Runtime keeps the identifier and the queue of what it sends to its maker in the home folder."""
+    silencing = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")
+    away = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", *silencing)
+    environment = {name: value for name, value in os.environ.items() if name not in away}
+    code = "import captioner; captioner.Captioner.load(device='cpu')"
+    code += ".caption(__import__('numpy').zeros((9, 9, 3), 'uint8'))"
+    done = subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, check=False)
+    assert done.returncode == 0
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == []
 
 
 def test_captioning_in_pytorch_loads_no_page_no_training_and_no_drawing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ RuntimeName = Literal["auto", "torch", "onnx", "onnx-int8"]
 RUNTIMES: tuple[str, ...] = get_args(RuntimeName)
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeName", "open_runtime"]
+
+# From 1.29 on, ONNX Runtime tells its maker about every session, over the network and with an identifier that it keeps
+# in the home folder. It reads this once, when it is first imported; who wants to tell sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def open_runtime(

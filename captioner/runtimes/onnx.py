@@ -7,6 +7,7 @@ caches are NumPy arrays that the graph reads where they lie, so that no step cop
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ from captioner.model_folder import (
 )
 from captioner.rows import GridMemory, PictureRows
 from captioner.threads import checked_threads
+
+if os.environ["ORT_DISABLE_TELEMETRY"] != "0":
+    onnxruntime.disable_telemetry_events()  # on Windows, where the environment variable does nothing
 
 Floats = npt.NDArray[np.float32]
 _Feed = dict[str, npt.NDArray[Any]]
