@@ -124,7 +124,9 @@ def build_app(
         runs = gr.State(Runs())
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = gr.Image(show_label=False, height=200, placeholder=PLACEHOLDER, buttons=[])
+                photo = gr.Image(
+                    show_label=False, height=200, placeholder=PLACEHOLDER, buttons=[], elem_classes="photo"
+                )
                 strip = _html("strip", examples.thumbnails(), visible=bool(examples.paths))
                 fields, again = _option_fields()
             with gr.Column(scale=3, min_width=300):
@@ -354,7 +356,11 @@ class _Listeners:
             yield from self._examples.tell(example, options, run=run)
 
     def _search_options(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        return search_options(dict(zip(self._options, values, strict=True)))
+        given = dict(zip(self._options, values, strict=True))
+        # Greedy search finds one caption; the page's own 3 is nobody's wish.
+        if given.get("method") == "greedy" and given.get("n_best") == OPTION_VALUES["n_best"]:
+            given["n_best"] = 1
+        return search_options(given)
 
 
 def _error(text: str) -> Message:

@@ -1,6 +1,6 @@
 """What the service behind the page does under load, and what it costs one who is alone.
 
-python benchmarks/service.py throughput [--users 16] [--seconds 10]
+python benchmarks/service.py throughput [--users 16] [--seconds 10] [--runtime torch]
 python benchmarks/service.py load [--clients 64] [--seconds 60] [--url http://127.0.0.1:7860 --pid PID]
 
 `throughput` compares many users with one at a time in the same run. `load` mixes good and bad pictures and checks that
@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from captioner import Captioner, CaptionerError, ServiceBusyError
+from captioner.runtimes import RUNTIMES
 from captioner.service import Service, ServiceLimits
 from captioner.telemetry import Telemetry
 
@@ -272,12 +273,12 @@ def rss_mib(pid: int) -> float:
 # --- The two runs ---
 
 
-def throughput(users: int, seconds: float, *, max_wait_ms: float) -> None:
+def throughput(users: int, seconds: float, *, max_wait_ms: float, runtime: str = "auto") -> None:
     """Print what many users get in all, and one alone; both in this process, from the file to the caption."""
     photos = [path.read_bytes() for path in sorted(EXAMPLES.glob("*.jpg"))]
     log = io.StringIO()
     with Service(
-        Captioner.load(),
+        Captioner.load(runtime=runtime),
         limits=ServiceLimits(max_batch=max(32, users), max_wait_ms=max_wait_ms),
         telemetry=Telemetry(log=log),
     ) as service:
@@ -346,6 +347,7 @@ def main() -> None:
     parser.add_argument("run", choices=["throughput", "load"])
     parser.add_argument("--users", type=int, default=16, help="of throughput")
     parser.add_argument("--max-wait-ms", type=float, default=3.0, help="of throughput; see ServiceLimits")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="auto", help="of throughput")
     parser.add_argument("--clients", type=int, default=64, help="of load")
     parser.add_argument("--seconds", type=float, help="default: 10 for throughput, 60 for load")
     parser.add_argument("--url", help="of a page that runs; default: a service in this process")
@@ -354,7 +356,7 @@ def main() -> None:
     parser.add_argument("--argument", default="image", help="name of the endpoint's picture")
     given = parser.parse_args()
     if given.run == "throughput":
-        throughput(given.users, given.seconds or 10.0, max_wait_ms=given.max_wait_ms)
+        throughput(given.users, given.seconds or 10.0, max_wait_ms=given.max_wait_ms, runtime=given.runtime)
         return
     well = load(
         given.clients,

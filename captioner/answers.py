@@ -61,6 +61,30 @@ class DirectAnswer:
         await self._exchange.respond_json(STATUS_OF.get(kind, 500), _worded(said), *more)
 
 
+class UploadProgress:
+    """Passes the news of an upload on; of one that Gradio does not know, it is said that it is done.
+
+    Its page asks too late where an upload is small, and for one without a name where there is none, as of a camera:
+    both would be errors in the browser's console.
+
+    Args:
+        exchange: of who listens.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._unknown = False
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the stream."""
+        if message["type"] == "http.response.start" and message["status"] == 404:
+            self._unknown = True
+        elif not self._unknown:
+            await self._exchange.send(message)
+        elif not message.get("more_body", False):
+            await self._exchange.respond(200, b'data: {"msg": "done"}\n\n', "text/event-stream")
+
+
 async def send_events(exchange: Exchange, message: Message) -> None:
     """Send a part of the stream of a call's events; an error of Gradio's own gets a sentence.
 

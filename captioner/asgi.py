@@ -25,11 +25,11 @@ from urllib.parse import parse_qs
 from weakref import WeakValueDictionary
 
 from captioner import bodies, payloads, preview, tools
-from captioner.answers import DirectAnswer, Unfetched, send_events
+from captioner.answers import DirectAnswer, Unfetched, UploadProgress, send_events
 from captioner.calls import Calls, pictures, require_call, unknown_call
 from captioner.door import Door
 from captioner.errors import ServiceBusyError, ServiceError
-from captioner.exchange import App, Exchange, Message, Receive, Refusal, Scope, Send, path_of
+from captioner.exchange import App, Exchange, Message, Receive, Refusal, Scope, Send, path_of, route_of
 from captioner.logins import Logins, user_of
 from captioner.requests import Place
 from captioner.routes import HEALTH, OTHER, WORK, label_of, require_own_origin, require_served, require_tool
@@ -159,7 +159,7 @@ class ServiceMiddleware:
         """Hand on what may have a body."""
         if route not in ("mcp", "login"):
             self._logins.require_known(exchange)
-        if route in WORK or route == "upload":
+        if (route in WORK and route != "mcp") or route == "upload":  # a tool is told in its own protocol
             self._require_admission()
         if route in WORK or route == "cancel":
             await self._hand_on_work(exchange, route)
@@ -180,6 +180,8 @@ class ServiceMiddleware:
         """Hand on what has no body; of a stream of answers mind who listens, and when it ends."""
         call, session = _listened_to(exchange)
         send = functools.partial(send_events, exchange) if call else exchange.send
+        if route_of(exchange.path) == "upload_progress":
+            send = UploadProgress(exchange).send
         if exchange.path == "/" and exchange.method == "GET":
             send = preview.PageAnswer(exchange, picture=self.picture is not None).send
         try:
@@ -241,9 +243,14 @@ class ServiceMiddleware:
             self._leave(str(value.get("event_id")) if isinstance(value, dict) else "")
             await self.app(exchange.scope, _replayed(body, exchange.receive), exchange.send)
             return
-        place = self._reserved(exchange, route, value)
-        # What a tool is told over a stream of its own is answered later, as a call is.
-        direct = route == "run" or (route == "mcp" and not exchange.path.rstrip("/").endswith("/messages"))
+        try:
+            if route == "mcp":
+                self._require_admission()
+            place = self._reserved(exchange, route, value)
+        except Refusal as refusal:
+            refusal.answer = _tool_answer(exchange, route, value, refusal)
+            raise
+        direct = route == "run" or (route == "mcp" and not _in_stream(exchange))
         answer = _Answer(exchange, DirectAnswer(exchange).send if route == "run" else exchange.send)
         try:
             async with self._named(exchange, route, value, direct=direct) as leaving:
@@ -270,23 +277,29 @@ class ServiceMiddleware:
         try:
             # Nobody else is answered while a large body is looked at in this thread.
             if len(body) > _THREAD_BYTES:
-                value, body = await asyncio.to_thread(self._look, route, body)
+                value, body = await asyncio.to_thread(self._look, exchange, route, body)
             else:
-                value, body = self._look(route, body)
+                value, body = self._look(exchange, route, body)
         except payloads.RefusedPayloadError as err:
             raise Refusal(400, "RefusedPayload", str(err)) from err
         if self.calls is not None:
             require_call(route, exchange.path, value, self.calls)
         return value, body
 
-    def _look(self, route: str | None, body: bytes) -> tuple[Any, bytes]:
+    def _look(self, exchange: Exchange, route: str | None, body: bytes) -> tuple[Any, bytes]:
         value = payloads.parse(body)
-        changed = payloads.check(
-            tools.arguments(value) if route == "mcp" else value,
-            uploads=self.uploads,
-            strings=route == "mcp",
-            most_files=max(payloads.FILES_LIMIT, self.service.limits.max_queue),
-        )
+        limits: Any = {
+            "uploads": self.uploads,
+            "most_files": max(payloads.FILES_LIMIT, self.service.limits.max_queue),
+        }
+        try:
+            changed = payloads.check(tools.arguments(value) if route == "mcp" else value, **limits)
+            if route == "mcp":
+                payloads.check(tools.pictures_named(value), strings=True, **limits)
+        except payloads.RefusedPayloadError as err:
+            refusal = Refusal(400, "RefusedPayload", str(err))
+            refusal.answer = _tool_answer(exchange, route, value, refusal)
+            raise refusal from err
         return value, json.dumps(value).encode() if changed else body
 
     def _reserved(self, exchange: Exchange, route: str | None, value: Any) -> Place:
@@ -338,7 +351,8 @@ class ServiceMiddleware:
             exchange.error = "Other"
         telemetry.http_requests.add(endpoint=exchange.label, status=status)
         telemetry.http_seconds.observe(exchange.seconds(), endpoint=exchange.label)
-        if exchange.error is not None:
+        # What the service has seen it has counted, picture by picture.
+        if exchange.error is not None and not getattr(exchange.scope.get(PLACE), "errors_counted", False):
             telemetry.errors.add(kind=exchange.error)
         telemetry.write(
             "http",
@@ -384,6 +398,18 @@ def _replayed(body: bytes, then: Receive) -> Receive:
         return {"type": "http.request", "body": given.pop(), "more_body": False} if given else await then()
 
     return receive
+
+
+def _tool_answer(exchange: Exchange, route: str | None, value: Any, refusal: Refusal) -> object:
+    """Return how a tool is told that its call is refused; None where only a status can say it."""
+    if route != "mcp" or _in_stream(exchange):
+        return None
+    return tools.refused(value, refusal.message)
+
+
+def _in_stream(exchange: Exchange) -> bool:
+    """Return whether a tool's call is answered over a stream of its own, later, as a call by HTTP is."""
+    return exchange.path.rstrip("/").endswith("/messages")
 
 
 def _listened_to(exchange: Exchange) -> tuple[str, str]:

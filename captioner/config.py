@@ -453,7 +453,7 @@ class SearchOptions(_Settings):
         if self.method == "greedy":
             _require(
                 self.n_best == 1,
-                f"greedy search finds one caption, got n_best={self.n_best}; use method='beam'",
+                f"greedy search finds one caption, got n_best={self.n_best}; set n_best to 1, or method to 'beam'",
             )
         _require(
             not self.must_include or (self.method == "beam" and self.groups == 1),

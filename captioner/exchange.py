@@ -28,11 +28,15 @@ class Refusal(Exception):  # noqa: N818  # an answer, not a fault
         kind: of the error.
         message: one line for the client.
         retry_after_s: when to try again.
+
+    Attributes:
+        answer: what is answered, with status 200, where a protocol has a way of its own to say that; else None.
     """
 
     def __init__(self, status: int, kind: str, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.kind, self.message, self.retry_after_s = status, kind, message, retry_after_s
+        self.answer: object = None
 
 
 class Exchange:
@@ -111,8 +115,14 @@ class Exchange:
             more.append((b"www-authenticate", b'Basic realm="captioner", charset="UTF-8"'))
         if refusal.status in (408, 413):
             more.append((b"connection", b"close"))  # the rest of the body is not read
-        error = {"type": refusal.kind, "message": refusal.message}
-        await self.respond_json(refusal.status, {"error": error}, *more)
+        if refusal.answer is not None:
+            await self.respond_json(200, refusal.answer, *more)
+        elif self.label == "upload" and self.header("sec-fetch-mode"):
+            # Gradio's page shows the body of such an answer as it is; only browsers send this header.
+            await self.respond(refusal.status, refusal.message.encode(), "text/plain; charset=utf-8", *more)
+        else:
+            error = {"type": refusal.kind, "message": refusal.message}
+            await self.respond_json(refusal.status, {"error": error}, *more)
 
 
 def neighbourhood(address: str) -> str:

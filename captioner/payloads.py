@@ -161,9 +161,11 @@ def sweep(uploads: Path, *, older_than_s: float) -> int:
 
 
 def _shows(url: object, path: object) -> bool:
-    """Return whether a url is an address under which a page like this one shows the very file of `path`."""
+    """Return whether a url is one under which a page like this one shows the very file of `path`."""
     if not isinstance(url, str) or not isinstance(path, str):
         return False
+    if url.startswith("data:image/svg+xml"):  # so Gradio's page shows an SVG; it is taken out, and never read
+        return True
     try:
         parts = urlsplit(url)
     except ValueError:

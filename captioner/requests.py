@@ -163,9 +163,13 @@ class Place:
     Args:
         batcher: whose places they are; None for none.
         ticket: with the places.
+
+    Attributes:
+        errors_counted: whether the service has counted an error of this request, so that the door need not.
     """
 
     def __init__(self, batcher: Batcher | None = None, ticket: Ticket | None = None) -> None:
+        self.errors_counted = False
         self._lock = threading.Lock()
         self._batcher, self._ticket = batcher, ticket
 
@@ -324,6 +328,7 @@ class RequestRecord:
 
     def __init__(self, telemetry: Telemetry, operation: str, *, pictures: int) -> None:
         self._telemetry, self._operation, self._pictures = telemetry, operation, pictures
+        self._place = PLACED.get()
         self._began_s = time.monotonic()
         self._lock = threading.Lock()
         self._open = 1  # this block, and every item
@@ -348,6 +353,8 @@ class RequestRecord:
         kind = type(error).__name__ if isinstance(error, CaptionerError) else "Other"
         self._errors.append(kind)
         self._telemetry.errors.add(kind=kind)
+        if self._place is not None:
+            self._place.errors_counted = True
 
     def watch(self, item: Item) -> None:
         """Wait for an item's answer before the request is counted."""

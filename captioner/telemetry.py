@@ -252,7 +252,11 @@ class Telemetry:
         )
     )
     errors: Counter = field(
-        default_factory=lambda: Counter("captioner_errors_total", "Errors, of requests and of pictures.", ("kind",))
+        default_factory=lambda: Counter(
+            "captioner_errors_total",
+            "Errors: of a caption request one for each picture that has none, else one for each request.",
+            ("kind",),
+        )
     )
     pictures: Counter = field(
         default_factory=lambda: Counter("captioner_pictures_total", "Pictures that went through the model.")

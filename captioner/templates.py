@@ -17,7 +17,10 @@ ALT_TEXT_LIMIT = 125
 """Characters; where several screen readers break a text in two."""
 
 _KINDS = r"image|picture|photo|photograph|snapshot|drawing|close[- ]?up|view"
-_LEAD = re.compile(rf"(?:an?|the|this)\s+(?:[\w-]+\s+)?(?:{_KINDS})\s+(?:of|showing)\s+(?=\w)", re.IGNORECASE)
+_LEAD = re.compile(
+    rf"(?:(?:this|here|it) is\s+)?(?:(?:an?|the|this)\s+(?:[\w-]+\s+){{0,2}}?)?(?:{_KINDS})\s+(?:of|showing)\s+(?=\w)",
+    re.IGNORECASE,
+)
 
 
 class Template:

@@ -16,6 +16,8 @@ from captioner.exchange import Exchange, neighbourhood
 REQUESTS = ("PingRequest", "ListToolsRequest", "CallToolRequest")
 """Kinds of requests that are answered, beside those that begin a session; Gradio has more, which it asks itself for."""
 _CALLS_LIMIT = 1000
+_PICTURES = ("image", "images")
+"""Arguments in which an address would be fetched; in a sentence it is words."""
 
 
 def arguments(value: Any) -> list[Any]:
@@ -28,6 +30,38 @@ def arguments(value: Any) -> list[Any]:
         The parameters of each call.
     """
     return [message.get("params") for message in _messages(value, "tools/call")]
+
+
+def pictures_named(value: Any) -> list[Any]:
+    """Return what calls of tools hand over as pictures.
+
+    Args:
+        value: the body of a request, one message or several.
+
+    Returns:
+        The arguments that are pictures, of each call.
+    """
+    given = [params.get("arguments") for params in arguments(value) if isinstance(params, dict)]
+    return [values.get(name) for values in given if isinstance(values, dict) for name in _PICTURES]
+
+
+def refused(value: Any, message: str) -> object:
+    """Return the answer to a call of a tool that is not let in, as its protocol says it.
+
+    A status of HTTP would end the session of most clients, and nobody would read why.
+
+    Args:
+        value: the body of the request.
+        message: one line for the client.
+
+    Returns:
+        The answer; None where the body is not one call of a tool that waits for an answer.
+    """
+    calls = _messages(value, "tools/call")
+    if len(calls) != 1 or value is not calls[0] or "id" not in value:
+        return None
+    said = {"content": [{"type": "text", "text": message}], "isError": True}
+    return {"jsonrpc": "2.0", "id": value["id"], "result": said}
 
 
 def _messages(value: Any, method: str) -> list[dict[str, Any]]:

@@ -60,21 +60,13 @@ class Watch:
     """
 
     def __init__(self, page):
-        self.requests, self.errors, self._late = [], [], 0
+        self.requests, self.errors = [], []
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _note(self, message):
-        if message.type != "error":
-            return
-        # On a busy machine Gradio's own bar for an upload asks too late, or too early, and is told so after 3 seconds;
-        # the browser says it once, and Gradio a second time as a bare "Response".
-        if "/upload_progress" in message.location.get("url", ""):
-            self._late += 1
-        elif message.text == "Response" and self._late:
-            self._late -= 1
-        else:
+        if message.type == "error":
             self.errors.append(message.text)
 
     def strangers(self):

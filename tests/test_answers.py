@@ -195,3 +195,29 @@ def test_every_call_is_noted_until_its_answer_is_fetched(app, service, uploads, 
     ask("GET", "/gradio_api/call/caption/two", inner=named(""))
     ask("POST", f"/gradio_api/{route}", {"data": []}, inner=named("three"))
     assert given_up == [("page", "one")]
+
+
+# --- Progress of uploads ---
+
+
+@pytest.mark.parametrize("parts", [[b"Upload not found"], [b"Upload ", b"not found"]])
+def test_an_upload_that_nobody_knows_is_said_to_be_done(ask, parts):
+    """A browser would write a 404 into its console; Gradio's page asks for uploads that are over, or have no name."""
+
+    async def unknown(scope, receive, send):
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": part is not parts[-1]})
+
+    answer = ask("GET", "/gradio_api/upload_progress", inner=unknown)
+    assert answer.status == 200
+    assert answer.headers[b"content-type"] == b"text/event-stream"
+    assert json.loads(answer.body.removeprefix(b"data: ")) == {"msg": "done"}
+
+
+def test_the_progress_of_an_upload_passes_as_it_is(ask):
+    async def known(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n"})
+
+    assert ask("GET", "/gradio_api/upload_progress", inner=known).body == b"data: 1\n\n"

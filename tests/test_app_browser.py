@@ -28,7 +28,7 @@ pytestmark = pytest.mark.browser
 pytest_plugins = ("app_pages",)
 EXAMPLES = sorted(app.EXAMPLES.glob("*.jpg"))
 
-AGAIN = "Something went wrong; please try again."
+AGAIN = "No answer came; too many may be asking at once. Please try again in a moment."
 READ_MAP = "() => document.querySelector('.stage .frame canvas').toDataURL()"
 # A file as the hand of a user would drop it.
 DROP = """([selector, base64, name]) => {
@@ -148,6 +148,71 @@ def test_a_photo_is_pasted(url, visit, tmp_path):
     page.evaluate(COPY, data)
     page.get_by_label("Paste from clipboard").click()
     wait_for_captions(page)
+
+
+def test_a_photo_is_pasted_by_the_keys_also_while_the_camera_is_asked_for(url, visit, tmp_path):
+    page = visit(url)
+    data = base64.b64encode(save_photo(tmp_path / "photo.png", TALL).read_bytes()).decode()
+    for source in ("Paste from clipboard", "Upload file", "Capture from camera"):
+        page.evaluate(COPY, data)
+        page.get_by_label(source).focus()
+        if source == "Capture from camera":
+            page.keyboard.press("Enter")
+            page.wait_for_selector("text=Click to Access Webcam")
+        page.evaluate("() => { document.querySelector('.captions')?.replaceChildren(); }")
+        page.keyboard.press("Control+V")
+        wait_for_captions(page)
+
+
+def test_text_is_no_photo_when_it_is_pasted(url, visit):
+    page = visit(url)
+    page.evaluate("() => navigator.clipboard.writeText('a dog')")
+    page.get_by_label("Upload file").focus()
+    page.keyboard.press("Control+V")
+    assert "no picture in the clipboard" in error(page)
+    page = visit(url)
+    page.get_by_label("Paste from clipboard").click()
+    assert "no picture in the clipboard" in error(page)
+    page = visit(url)
+    open_options(page)
+    page.get_by_label("Ban").focus()
+    page.keyboard.press("Control+V")
+    page.wait_for_function("() => document.activeElement.value === 'a dog'")
+    assert not page.is_visible(".stage [role=alert]")
+
+
+def test_a_drawing_in_svg_is_refused_in_the_librarys_words(url, visit, tmp_path):
+    drawing = tmp_path / "drawing.svg"
+    drawing.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
+    )
+    page = visit(url)
+    upload(page, drawing)
+    assert "SVG is a drawing, not a photo" in error(page)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_without_a_camera_that_is_said_and_the_way_back_is_open(url, visit, width):
+    page = visit(url, width=width)
+    page.evaluate("""() => {
+      const devices = navigator.mediaDevices, ask = devices.getUserMedia;
+      devices.getUserMedia = () => ask.call(devices, { video: { deviceId: { exact: "no such one" } } });
+    }""")
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    assert "There is no camera" in error(page)
+    page.get_by_label("Upload file").click()
+    page.wait_for_selector(".photo input[type=file]", state="attached")
+
+
+def test_greedy_search_is_one_click_from_what_the_page_begins_with(url, visit, tmp_path):
+    page = visit(url)
+    upload_photo(page, save_photo(tmp_path / "photo.jpg", WIDE))
+    open_options(page)
+    page.get_by_label("greedy").check()
+    page.get_by_role("button", name="Caption again").click()
+    page.wait_for_selector(".captions li:only-child")
+    assert not page.is_visible(".stage [role=alert]")
 
 
 def test_a_photo_is_taken_with_the_webcam(url, visit):

@@ -68,7 +68,7 @@ def test_labels_of_metrics_are_few_whatever_is_asked(parts):
 # --- Admission ---
 
 
-@pytest.mark.parametrize("route", ["call/caption", "call/v2/caption", "run/caption", "queue/join", "upload", "mcp"])
+@pytest.mark.parametrize("route", ["call/caption", "call/v2/caption", "run/caption", "queue/join", "upload"])
 def test_a_full_queue_is_said_at_once(ask, service, app, route):
     service.refusal = lambda: ServiceBusyError("full", retry_after_s=7)
     answer = ask("POST", f"/gradio_api/{route}", b"{}")
@@ -119,16 +119,54 @@ def test_a_place_is_taken_at_the_door_for_every_picture(ask, service, route, bod
     assert asked == places
 
 
-@pytest.mark.parametrize("route", ["call/caption", "queue/join", "run/caption", "mcp/"])
+@pytest.mark.parametrize("route", ["call/caption", "queue/join", "run/caption", "mcp/messages/"])
 def test_without_a_place_a_request_is_refused_at_the_door(ask, service, app, route):
     def full(count):
         raise ServiceBusyError("full", retry_after_s=7)
 
     service.reserve = full
-    body = tool("caption", {"image": "x"}) if route == "mcp/" else {"data": []}
+    body = tool("caption", {"image": "x"}) if route.startswith("mcp") else {"data": []}
     answer = ask("POST", f"/gradio_api/{route}", body)
     assert (answer.status, answer.headers[b"retry-after"]) == (503, b"7")
     assert app.bodies == []
+
+
+def test_a_tool_is_told_of_a_full_queue_in_its_own_protocol(ask, service, app):
+    """A status of HTTP ends the session of its client, and its reason is never read."""
+
+    def full(*count):
+        raise ServiceBusyError("full", retry_after_s=7)
+
+    body = {**tool("caption", {"image": "x"}), "jsonrpc": "2.0", "id": 5}
+    said = {"jsonrpc": "2.0", "id": 5, "result": {"content": [{"type": "text", "text": "full"}], "isError": True}}
+    service.reserve, letting = full, service.reserve
+    answer = ask("POST", "/gradio_api/mcp/", body)
+    assert (answer.status, answer.headers[b"retry-after"], json.loads(answer.body)) == (200, b"7", said)
+    service.reserve, service.refusal = letting, lambda: ServiceBusyError("full", retry_after_s=7)
+    answer = ask("POST", "/gradio_api/mcp/", body)
+    assert (answer.status, json.loads(answer.body)) == (200, said)
+    assert ask("POST", "/gradio_api/mcp/", {"method": "tools/list"}).status == 503
+    assert app.bodies == []
+    assert service.telemetry.errors.value(kind="ServiceBusyError") == 3
+
+
+def test_the_page_is_told_why_an_upload_is_refused_as_it_shows_it(ask, service):
+    service.refusal = lambda: ServiceBusyError("full", retry_after_s=7)
+    answer = ask("POST", "/gradio_api/upload", b"x", headers=[(b"sec-fetch-mode", b"cors")])
+    assert (answer.status, answer.body) == (503, b"full")
+
+
+def test_an_error_that_the_service_has_counted_is_not_counted_again(ask, service):
+    place = Place()
+
+    async def failing(scope, receive, send):
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"error": "why", "title": "ImageReadError"}'})
+
+    service.reserve = lambda count: place
+    for place.errors_counted in (True, False):
+        assert ask("POST", "/gradio_api/run/caption", {"data": []}, inner=failing).status == 422
+    assert service.telemetry.errors.value(kind="ImageReadError") == 1
 
 
 @pytest.mark.parametrize(
@@ -480,7 +518,7 @@ def test_forms_go_to_the_upload_route_only(ask, app):
 )
 def test_tools_are_handed_no_addresses(ask, app, address):
     def tool(value):
-        arguments = {"picture": value, "sentence": "note: a dog"}
+        arguments = {"image": value, "sentence": "note:/ a dog"}
         return {
             "jsonrpc": "2.0",
             "id": 1,
@@ -488,7 +526,11 @@ def test_tools_are_handed_no_addresses(ask, app, address):
             "params": {"name": "caption", "arguments": arguments},
         }
 
-    assert ask("POST", "/gradio_api/mcp/", tool(address)).status == 400
+    answer = ask("POST", "/gradio_api/mcp/", tool(address))
+    assert answer.status == 200
+    assert json.loads(answer.body)["result"]["isError"]
+    assert ask("POST", "/gradio_api/mcp/", tool({"deep": [address]})).body == answer.body
+    assert ask("POST", "/gradio_api/mcp/messages/", tool(address)).status == 400  # answered over a stream
     assert ask("POST", "/gradio_api/mcp/", [tool(address)]).status in (400,)
     assert app.bodies == []
     assert ask("POST", "/gradio_api/mcp/", tool("data:image/png;base64,AAAA")).status == 200

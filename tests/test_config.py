@@ -242,7 +242,7 @@ def test_a_field_takes_what_is_in_its_bounds_and_names_what_is_not(kind, name, i
         ({"min_words": 9, "max_words": 8}, "min_words=9 and max_words=8"),
         ({"n_best": 4, "beam_size": 3}, "n_best=4 and beam_size=3; raise beam_size to 4"),
         ({"beam_size": 4, "groups": 3}, "groups=3 and beam_size=4"),
-        ({"method": "greedy", "n_best": 2}, "n_best=2; use method='beam'"),
+        ({"method": "greedy", "n_best": 2}, "n_best=2; set n_best to 1, or method to 'beam'"),
         ({"method": "greedy", "must_include": "dog"}, "must_include needs method='beam'"),
         ({"method": "sample", "must_include": "dog"}, "must_include needs method='beam'"),
         ({"beam_size": 4, "groups": 2, "must_include": "dog"}, "must_include needs method='beam' with groups=1"),

@@ -522,6 +522,21 @@ def test_tools_are_the_endpoints_and_answer_in_json(tiny_captioner):
     assert "does not know 'zebra'" in answers[3].content[0].text
 
 
+def test_a_refused_call_of_a_tool_says_why_and_its_session_goes_on(tiny_captioner):
+    with Service(tiny_captioner) as service, served(service, door=service, mcp=True) as url:
+        _, answers = use_tools(
+            url,
+            ("caption", {"image": "https://example.com/x.jpg"}),
+            ("caption", {"image": {"path": "/etc/passwd"}}),
+            ("caption_batch", {"images": [DATA, "file:///etc/passwd"]}),
+            ("score", {"image": DATA, "sentence": "note:/ a zebra"}),
+            ("caption", {"image": DATA}),
+        )
+    assert [answer.isError for answer in answers] == [True, True, True, True, False]
+    assert all("upload the picture" in answer.content[0].text for answer in answers[:3])
+    assert "does not know" in answers[3].content[0].text  # of words, not of an address
+
+
 def test_tools_have_neither_prompts_nor_resources():
     mcp = pytest.importorskip("mcp", reason="mcp is not installed; it comes with pip install -e '.[mcp]'")
     from mcp.client.streamable_http import streamablehttp_client

@@ -798,6 +798,11 @@ def test_an_alt_text_does_not_say_that_it_is_a_picture():
         "A close-up of a bee.": "A bee.",
         "A blurry photo showing cars.": "Cars.",
         "A photo of a picture of a dog": "A dog",
+        "Picture of a cat.": "A cat.",
+        "This is an image of a dog.": "A dog.",
+        "A close up picture of a cat.": "A cat.",
+        "A man takes a picture of a dog.": "A man takes a picture of a dog.",
+        "Pictures of dogs": "Pictures of dogs",
         "A picture hangs on the wall.": "A picture hangs on the wall.",
         "A view of": "A view of",
     }

@@ -110,7 +110,9 @@ function showScore(message) {
     ownAnswer(message.score_error, true);
     return;
   }
-  captions = [...captions, { ...message.scored, own: true }];
+  // One that is typed again takes its own place.
+  captions = [...captions.filter((caption) => !caption.own || caption.text !== message.scored.text),
+    { ...message.scored, own: true }];
   listCaptions();
   showCaption(captions.length - 1);
   ownAnswer("Score " + minus(message.scored.score) + "; the best caption has " + minus(captions[0].score) + ".");
@@ -265,9 +267,68 @@ document.addEventListener("captioner:failed", () => {
   parts.result.removeAttribute("aria-busy");
   parts.start.hidden = true;
   // The server never said what became of the photo: what is shown is still of the one before, where there is one.
-  showError({ error: "Something went wrong; please try again.", keep: true });
+  showError({ error: "No answer came; too many may be asking at once. Please try again in a moment.", keep: true });
 });
 document.addEventListener("captioner:unread", () => ownAnswer("No answer came; please try again.", true));
+
+// --- Photos from the camera and the clipboard ---
+
+const NO_CAMERA = "There is no camera, or your browser does not let this page use it; choose a file instead.";
+const NO_PASTE = "Your browser does not let this page read the clipboard; press Ctrl+V, or choose a file.";
+const NO_PICTURE = "There is no picture in the clipboard; copy one, or choose a file.";
+
+const tellError = (error) => {
+  parts.start.hidden = Boolean(photo);
+  showError({ error, keep: true });
+};
+
+// Gradio asks for these and does not mind a refusal, of which nobody but the console would hear.
+function guard(owner, name, refused, found = () => {}) {
+  const ask = owner?.[name]?.bind(owner);
+  if (!ask) return;
+  owner[name] = (...asked) => ask(...asked).then((answer) => {
+    found(answer);
+    return answer;
+  }, (error) => {
+    tellError(refused);
+    error.told = true;
+    throw error;
+  });
+}
+
+guard(navigator.mediaDevices, "getUserMedia", NO_CAMERA);
+guard(navigator.clipboard, "read", NO_PASTE, (items) => {
+  const pictures = items.filter((item) => item.types.some((type) => type.startsWith("image/")));
+  if (!pictures.length) tellError(NO_PICTURE);
+});
+window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason?.told) event.preventDefault();
+});
+// On a page that came over plain HTTP from another machine browsers offer neither.
+document.body.classList.toggle("insecure", !window.isSecureContext);
+
+// Ctrl+V anywhere but where text is written; Gradio has an icon for it alone.
+const PHOTO = ".photo input[type=file]";
+async function openFiles(files) {
+  if (!document.querySelector(PHOTO)) {  // the box shows the camera
+    document.querySelector('.photo [aria-label="Upload file"]')?.click();
+    await new Promise((done) => setTimeout(done, 100));
+  }
+  const input = document.querySelector(PHOTO);
+  if (!input) return;
+  input.files = files;
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+}
+document.addEventListener("paste", (event) => {
+  const text = event.target.closest?.("input:not([type=file]), textarea, [contenteditable=true]");
+  const files = new DataTransfer();
+  const picture = Array.from(event.clipboardData?.files ?? []).find((file) => file.type.startsWith("image/"));
+  if (picture) {
+    event.preventDefault();
+    files.items.add(picture);
+    openFiles(files.files);
+  } else if (!text) tellError(NO_PICTURE);
+});
 
 redraw();
 watch("value", render);
