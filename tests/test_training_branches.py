@@ -122,6 +122,42 @@ def test_branches_are_the_last_stages_that_begin_with_one():
     first, second = Stage(epochs=1, from_stage=1), Stage(epochs=1, from_stage=2)
     assert StagePlan([plain, first, first, first]).branches == (2, 3, 4)
     assert StagePlan([plain, plain, first, second, second]).branches == (4, 5)
+    again = Stage(epochs=1, from_stage=(2, 3))
+    assert StagePlan([plain, first, first, again, again]).branches == (4, 5)
+    assert StagePlan([plain, first, first, again]).branches == ()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((), "names no stage"),
+        ((2, 2), "names a stage twice"),
+        ((2, 5), "must name an earlier stage, got 5"),
+        ((1, 2), "takes the mean of branches from one stage"),
+        ((2, 4), "takes the mean of branches from one stage"),
+    ],
+)
+def test_the_mean_is_of_branches_from_one_stage(numbers, words):
+    plain, branch = Stage(epochs=1), Stage(epochs=1, from_stage=1)
+    last = Stage(epochs=1, from_stage=numbers)
+    with pytest.raises(ConfigError, match=f"stage 5: from_stage {words}"):
+        StagePlan([plain, branch, branch, plain, last])
+
+
+def test_a_second_round_begins_with_the_mean_of_the_first(data_root, tmp_path):
+    callbacks = [{"class_path": f"{__name__}.Starts"}]
+    settings = settings_for(data_root, tmp_path, callbacks)
+    stages = settings["model"]["stages"]
+    again = {**stages[-1], "epochs": 1, "from_stage": [2, 3]}
+    settings["model"]["stages"] = [*stages, again, again]
+    assert fit(tmp_path, settings) == 0
+    first, second = (weights_of(tmp_path / "checkpoints" / f"stage-{number}.ckpt") for number in (2, 3))
+    for epoch in (5, 6):
+        weights, memory = Starts.found[epoch]
+        assert memory == 0
+        for name, value in weights.items():
+            mean = (first[name] + second[name]) / 2 if value.is_floating_point() else first[name]
+            torch.testing.assert_close(value, mean)
 
 
 @pytest.mark.parametrize("number", [0, -1, 2, 3])

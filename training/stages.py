@@ -58,7 +58,9 @@ class Stage:
         from_stage: the stage, counted from 1, with whose last weights (their averages, where they are averaged) this
             one begins, with a new optimiser; None: it goes on from the stage before. Several stages from one are
             branches that differ by chance; at the end of a run `--export` takes the mean of their weights, which
-            generalises better than each of them (model soups, Wortsman et al. 2022).
+            generalises better than each of them (model soups, Wortsman et al. 2022). Several numbers, of branches
+            from one stage: it begins with their mean, so that a round of branches follows another (Rame et al. 2024,
+            arXiv 2406.16768, "iterative" weight averaging).
 
     Raises:
         ConfigError: for a value out of range, or two that exclude each other.
@@ -83,7 +85,14 @@ class Stage:
     reward: RewardConfig = field(default_factory=RewardConfig)
     cross_entropy_weight: float = 0.0
     dropout: bool = False
-    from_stage: int | None = None
+    from_stage: int | tuple[int, ...] | None = None
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The stages with the mean of whose weights it begins, counted from 1; none where it goes on."""
+        if self.from_stage is None:
+            return ()
+        return (self.from_stage,) if isinstance(self.from_stage, int) else self.from_stage
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
@@ -160,8 +169,23 @@ class StagePlan:
                 "cached stages come first"
             )
         for index, stage in enumerate(self.stages):
-            if stage.from_stage is not None and not 1 <= stage.from_stage <= index:
-                raise ConfigError(f"stage {index + 1}: from_stage must name an earlier stage, got {stage.from_stage}")
+            self._check_origins(stage, index)
+
+    def _check_origins(self, stage: Stage, index: int) -> None:
+        who, origins = f"stage {index + 1}: from_stage", stage.origins
+        if stage.from_stage is not None and not origins:
+            raise ConfigError(f"{who} names no stage; leave it out to go on from the stage before")
+        for number in origins:
+            if not 1 <= number <= index:
+                raise ConfigError(f"{who} must name an earlier stage, got {number}")
+        if len(set(origins)) < len(origins):
+            raise ConfigError(f"{who} names a stage twice, got {list(origins)}")
+        if len(origins) > 1:
+            begun = {self.stages[number - 1].from_stage for number in origins}
+            if len(begun) > 1 or None in begun:
+                raise ConfigError(
+                    f"{who} takes the mean of branches from one stage, and stages {list(origins)} are none; name one"
+                )
 
     @property
     def epochs(self) -> int:

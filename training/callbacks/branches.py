@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import Tensor
 
 from captioner.errors import CheckpointError
 from training.callbacks.last import STAGE, LastCheckpoint
@@ -16,7 +18,8 @@ from training.stages import StagePlan
 
 
 class Branches(Callback):
-    """Gives a stage with `from_stage` the weights at the end of that stage, and an optimiser without a memory.
+    """Gives a stage with `from_stage` the weights at the end of that stage, or the mean of several, and an optimiser
+    without a memory.
 
     They are read from the `stage-1.ckpt` and so on of `LastCheckpoint`. A run that is resumed from another folder takes
     those that it needs along.
@@ -33,7 +36,7 @@ class Branches(Callback):
         if plan is None or folder is None or trainer.ckpt_path is None or not trainer.is_global_zero:
             return
         before = Path(trainer.ckpt_path).parent
-        for number in {stage.from_stage for stage in plan.stages if stage.from_stage is not None}:
+        for number in {number for stage in plan.stages for number in stage.origins}:
             old, new = before / STAGE.format(number), folder / STAGE.format(number)
             if old.is_file() and not new.exists():
                 new.parent.mkdir(parents=True, exist_ok=True)
@@ -53,27 +56,37 @@ class Branches(Callback):
         if plan is None or folder is None:
             return
         position = plan.at(trainer.current_epoch)
-        number = position.stage.from_stage
+        paths = [folder / STAGE.format(number) for number in position.stage.origins]
         # A run that is resumed within the branch has its weights already.
-        if number is not None and batches_done(trainer) == position.first_epoch * trainer.num_training_batches:
-            _restart(trainer, pl_module, folder / STAGE.format(number), f"stage {position.index + 1}")
+        if paths and batches_done(trainer) == position.first_epoch * trainer.num_training_batches:
+            _restart(trainer, pl_module, paths, f"stage {position.index + 1}")
 
 
-def _restart(trainer: lightning.Trainer, pl_module: lightning.LightningModule, path: Path, who: str) -> None:
+def _restart(trainer: lightning.Trainer, pl_module: lightning.LightningModule, paths: Sequence[Path], who: str) -> None:
+    states = [_weights(path, pl_module, who) for path in paths]
+    weights = {
+        name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value
+        for name, value in states[0].items()
+    }
+    pl_module.load_state_dict(weights)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model.module.load_state_dict(weights)
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+
+
+def _weights(path: Path, pl_module: lightning.LightningModule, who: str) -> dict[str, Tensor]:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        pl_module.load_state_dict(weights)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        pl_module.load_state_dict(weights)  # whether it is of this model
     except FileNotFoundError as err:
         raise CheckpointError(f"{path}: missing, but {who} begins with it; copy it there from its run") from err
     except Exception as err:  # zip, pickle, other shapes: whatever a damaged file brings
         raise CheckpointError(
             f"{path}: damaged, or of another model, but {who} begins with it; copy it there from its run"
         ) from err
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            callback._average_model.module.load_state_dict(weights)
-    for optimizer in trainer.optimizers:
-        optimizer.state.clear()
+    return weights
 
 
 def _plan(pl_module: lightning.LightningModule) -> StagePlan | None:
