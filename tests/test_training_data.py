@@ -233,7 +233,7 @@ def test_the_vocabulary_of_the_model_that_training_starts_from_is_kept_and_exten
     assert (data.max_tokens, data.preprocessing) == (base.model.config.max_tokens, base.model.config.preprocessing)
 
 
-@pytest.mark.parametrize("option", [{"max_tokens": 9}, {"preprocessing": PreprocessingConfig(side_px=96)}])
+@pytest.mark.parametrize("option", [{"max_tokens": 9}, {"preprocessing": PreprocessingConfig(mean=(0.1, 0.2, 0.3))}])
 def test_options_that_contradict_the_model_that_training_starts_from_are_refused(tmp_path, tiny_checkpoint, option):
     from captioner.checkpoint import save_checkpoint
 

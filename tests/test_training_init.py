@@ -46,6 +46,25 @@ def test_new_words_get_rows_of_their_own_behind_the_old_ones(tiny_checkpoint, de
     assert changed
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_another_side_of_the_pictures_stretches_the_positions_of_the_grid(tiny_checkpoint, decoder):
+    base = tiny_checkpoint(decoder)
+    settings = base.model.config.to_dict()
+    settings["preprocessing"] = {**settings["preprocessing"], "side_px": 2 * settings["preprocessing"]["side_px"]}
+    model = build_model(ModelConfig.from_dict(settings))
+    start_from(model, base)
+    old = base.model.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
+    assert changed == ({"decoder.grid_row", "decoder.grid_column"} if decoder == "multihead" else set())
+    for name in changed:
+        given, value = old[name].flatten(0, 1), model.state_dict()[name].flatten(0, 1)
+        # Each cell is halved, and its halves lie a quarter of a cell to both sides of its centre.
+        between = given[:-1].lerp(given[1:], 0.25), given[:-1].lerp(given[1:], 0.75)
+        torch.testing.assert_close(value[1:-1:2], between[0])
+        torch.testing.assert_close(value[2::2], between[1])
+        torch.testing.assert_close(value[[0, -1]], given[[0, -1]])
+
+
 def test_another_shape_is_refused(tiny_checkpoint):
     with pytest.raises(CheckpointError, match=r"model\.init_from: decoder"):
         start_from(tiny_checkpoint("additive").model, tiny_checkpoint("mean"))

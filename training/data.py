@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,12 @@ class CaptionData(lightning.LightningDataModule):
             return
         base = load_checkpoint(None if self.init_from == "bundled" else self.init_from)
         self.base = base.model.config
+        preprocessing = self._preprocessing
+        if preprocessing is not None:  # another side is another grid, over which the positions are stretched
+            preprocessing = replace(preprocessing, side_px=self.base.preprocessing.side_px)
         for name, given, own in (
             ("max_tokens", self._max_tokens, self.base.max_tokens),
-            ("preprocessing", self._preprocessing, self.base.preprocessing),
+            ("preprocessing", preprocessing, self.base.preprocessing),
         ):
             if given not in (None, own):
                 raise ConfigError(f"data.{name}={given} differs from that of the model {self.init_from!r}, {own}")

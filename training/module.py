@@ -183,7 +183,8 @@ class CaptionModule(lightning.LightningModule):
                     f"model.{name}={given} differs from that of the model {self.init_from!r}, {own}; leave it out"
                 )
         # Its confidence was fitted to its weights, which change.
-        return dataclasses.replace(base, vocabulary_size=size, confidence=None)
+        preprocessing = self._data.preprocessing
+        return dataclasses.replace(base, vocabulary_size=size, preprocessing=preprocessing, confidence=None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to export the checkpoint without the data."""
@@ -460,10 +461,15 @@ class CaptionModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+_GRID_POSITIONS = ("decoder.grid_row", "decoder.grid_column")
+
+
 def start_from(model: CaptionModel, base: Checkpoint) -> None:
     """Copy the weights of a model into one with the same shape and the same or a longer vocabulary.
 
-    A new word starts at the unknown word's place, where words that the base did not know were read.
+    A new word starts at the unknown word's place, where words that the base did not know were read. For pictures of
+    another side the positions of the grid's rows and columns are interpolated, as for a larger picture in ViT
+    (Dosovitskiy et al. 2021, section 3.2).
 
     Args:
         model: filled in place.
@@ -481,6 +487,10 @@ def start_from(model: CaptionModel, base: Checkpoint) -> None:
             filled[name] = given
         elif given is not None and given.shape[1:] == value.shape[1:] and (len(given), len(value)) == (size, larger):
             filled[name] = torch.cat([given, given[unknown].expand_as(value[size:])])
+        elif given is not None and name in _GRID_POSITIONS and given.shape[-1:] == value.shape[-1:]:
+            lines_1DC = given.flatten(0, 1).T[None]
+            stretched_1DC = torch.nn.functional.interpolate(lines_1DC, max(value.shape[:2]), mode="linear")
+            filled[name] = stretched_1DC[0].T.reshape_as(value)
         else:
             shape = None if given is None else tuple(given.shape)
             raise CheckpointError(f"model.init_from: {name} has shape {shape}, the config needs {tuple(value.shape)}")
