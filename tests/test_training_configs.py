@@ -87,7 +87,9 @@ def small(name, root, folder):
     settings["data"]["cache_folder"] = str(folder / "cache")
     if "extra" in settings["data"]:
         settings["data"]["extra"] |= {"root": str(write_extra(folder / "extra")), "images": None}
-    if name != "finetune":
+    if settings["model"].get("init_from"):
+        settings["model"]["init_from"] = "bundled"
+    else:
         settings["model"]["encoder_weights"] = None
         settings["data"]["preprocessing"] = {"side_px": 64}
     return settings
@@ -131,7 +133,7 @@ def test_the_recipe_of_the_bundled_model_has_its_shape():
         "decoder": settings["model"]["decoder"],
         "decoder_settings": settings["model"]["decoder_settings"],
         "encoder": settings["model"]["encoder"],
-        "preprocessing": settings["data"]["preprocessing"],
+        "preprocessing": yaml.safe_load(CONFIGS["bundled_256"].read_text())["data"]["preprocessing"],
         "max_tokens": settings["data"]["max_tokens"],
         "vocabulary_size": bundled.vocabulary_size,
     }
