@@ -156,8 +156,7 @@ def test_pictures_are_drawn_as_they_are_needed_and_captions_come_whole(engine, l
     for (_, left), (_, right) in zip(found, expected, strict=True):
         assert left.text == right.text
         for ours, theirs in zip(left.words, right.words, strict=True):
-            # Not to the bit: the worker may compute on another number of threads.
-            np.testing.assert_allclose(ours.attention_heads, theirs.attention_heads, rtol=1e-3, atol=1e-6)
+            np.testing.assert_array_equal(ours.attention_heads, theirs.attention_heads)
 
 
 # --- What needs no Ray ---

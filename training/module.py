@@ -182,8 +182,8 @@ class CaptionModule(lightning.LightningModule):
                 raise ConfigError(
                     f"model.{name}={given} differs from that of the model {self.init_from!r}, {own}; leave it out"
                 )
-        # Its confidence was fitted to its weights, which change.
         preprocessing = self._data.preprocessing
+        # Its confidence was fitted to its weights, which change.
         return dataclasses.replace(base, vocabulary_size=size, preprocessing=preprocessing, confidence=None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
