@@ -20,9 +20,10 @@ from captioner.errors import ConfigError, ImageError, SearchError
 from captioner.geometry import Geometry
 from captioner.images import Picture, Source, open_picture
 from captioner.model_folder import ModelFolder, copy_folder, read_folder
-from captioner.prepared import PreparedPicture, prepare
+from captioner.prepared import PreparedPicture, prepare, prepare_side_by_side
 from captioner.runtimes import Runtime, open_runtime
 from captioner.search import Hypothesis, Phrase, SearchVocabulary, StreamedWord, score_tokens, search, stream
+from captioner.threads import available_cpus, checked_threads
 from captioner.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Captioner:
         self.runtime, self.tokenizer, self.card = runtime, tokenizer, card
         self._vocabulary = search_vocabulary(tokenizer)
         self._folder: ModelFolder | None = None
+        self._threads = available_cpus()
 
     @classmethod
     def load(
@@ -75,10 +77,10 @@ class Captioner:
             source: None for the bundled model, which needs no network; a folder; or a hub id "user/name".
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
             runtime: what computes: "torch"; "onnx", ONNX Runtime on the CPU, several times as fast there; "onnx-int8",
-                with the encoder in 8 bits, for CPUs with VNNI; "auto": onnx on a CPU where the folder has ONNX graphs
-                (see `captioner export`), else torch.
-            threads: of the CPU to compute on; None: for onnx the CPUs that this process may use, for torch what PyTorch
-                is set to.
+                the same in 8 bits, for CPUs with VNNI; "auto": onnx on a CPU where the folder has ONNX graphs (see
+                `captioner export`), else torch.
+            threads: of the CPU to compute on, and to decode the pictures of a batch; None: the CPUs that this process
+                may use, but for torch to compute on what PyTorch is set to.
 
         Returns:
             The captioner.
@@ -94,6 +96,7 @@ class Captioner:
             open_runtime(folder, device=device, runtime=runtime, threads=threads), folder.tokenizer, folder.card
         )
         captioner._folder, captioner._model = folder, getattr(captioner.runtime, "model", None)
+        captioner._threads = checked_threads(threads)
         return captioner
 
     @property
@@ -211,13 +214,10 @@ class Captioner:
             if not chunk and fault is None:
                 return
             inputs: list[PreparedPicture | ImageError] = []
-            for picture in chunk:
-                try:
-                    inputs.append(self.prepare(picture))
-                except ImageError as err:
-                    inputs.append(err)
-                    if on_error == "raise":
-                        break
+            for item in prepare_side_by_side(chunk, self.prepare, threads=self._threads):
+                inputs.append(item)
+                if isinstance(item, ImageError) and on_error == "raise":
+                    break
             good = [item for item in inputs if not isinstance(item, ImageError)]
             results = iter(self._run(good, options, must_include, ban))
             for item in inputs:

@@ -19,7 +19,7 @@ from captioner.cli_batch import batch, merge
 from captioner.cli_serve import serve
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
-from captioner.model_folder import GRAPHS, INT8_GRAPH
+from captioner.model_folder import GRAPHS, INT8_GRAPHS
 from captioner.terminal import (
     FAILED,
     SOME_FAILED,
@@ -288,7 +288,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="PHOTOS",
-            help="Quantise the encoder to 8 bits too, for --runtime onnx-int8 on CPUs with VNNI; a folder of photos "
+            help="Quantise the model to 8 bits too, for --runtime onnx-int8 on CPUs with VNNI; a folder of photos "
             "like those that it will see, at least 32.",
         ),
     ] = None,
@@ -301,7 +301,7 @@ def export(
     written = export_onnx(folder, int8_photos=int8 or ())
     facts = written.description["onnx"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    graphs = [*GRAPHS, *([INT8_GRAPH] if written.has_int8 else [])]
+    graphs = [*GRAPHS, *(INT8_GRAPHS if written.has_int8 else ())]
     say(f"{one_line(folder)}: {', '.join(graphs)}; opset {facts['opset']}, {versions}")
 
 

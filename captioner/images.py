@@ -327,7 +327,7 @@ def _decode(data: bytes, limits: ImageLimits, side_px: int | None) -> tuple[Imag
         _check_pixels(image.size, limits)
         full_wh_px = image.size
         if side_px is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-            # libjpeg decodes at 1/2, 1/4 or 1/8; Pillow never goes below the size that is asked for. Squares of 224 px
+            # libjpeg decodes at 1/2, 1/4 or 1/8; Pillow never goes below the size that is asked for. Squares of 256 px
             # from photos of 640 x 480 differ by one level of 255 in the mean from those of the whole, at half the time.
             image.draft(None, (side_px, side_px))
         elif isinstance(image, TiffImagePlugin.TiffImageFile):

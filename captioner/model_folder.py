@@ -26,8 +26,10 @@ WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenize
 # The graphs of ONNX Runtime; their weights are those of WEIGHTS.
 ENCODER_GRAPH, START_GRAPH, STEP_GRAPH = "encoder.onnx", "decoder_start.onnx", "decoder_step.onnx"
 GRAPHS = (ENCODER_GRAPH, START_GRAPH, STEP_GRAPH)
-# The encoder in 8 bits, where one was made; it has weights of its own.
-INT8_GRAPH = "encoder_int8.onnx"
+# Encoder and step in 8 bits, where they were made; they have weights of their own.
+ENCODER_INT8_GRAPH, STEP_INT8_GRAPH = "encoder_int8.onnx", "decoder_step_int8.onnx"
+INT8_GRAPHS = (ENCODER_INT8_GRAPH, STEP_INT8_GRAPH)
+_FILES = [WEIGHTS, CONFIG, TOKENIZER, CARD, *GRAPHS, *INT8_GRAPHS]
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -57,8 +59,8 @@ class ModelFolder:
 
     @property
     def has_int8(self) -> bool:
-        """Whether the encoder was quantised to 8 bits too."""
-        return self.has_graphs and INT8_GRAPH in self.description["onnx"]["sha256"]
+        """Whether the model was quantised to 8 bits too."""
+        return self.has_graphs and all(name in self.description["onnx"]["sha256"] for name in INT8_GRAPHS)
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -81,7 +83,7 @@ class ModelFolder:
         """Check the ONNX graphs and the weights that they point into.
 
         Args:
-            int8: the encoder in 8 bits too.
+            int8: those in 8 bits too.
 
         Raises:
             CheckpointError: when the folder has none, or a file is missing, damaged or of another model.
@@ -100,9 +102,9 @@ class ModelFolder:
             )
         if int8 and not self.has_int8:
             raise CheckpointError(
-                f"{self.path}: its encoder was not quantised; do it with: captioner export {self.path} --int8 PHOTOS"
+                f"{self.path}: holds no graphs in 8 bits; make them with: captioner export {self.path} --int8 PHOTOS"
             )
-        for name in (WEIGHTS, *GRAPHS, *((INT8_GRAPH,) if int8 else ())):
+        for name in (WEIGHTS, *GRAPHS, *(INT8_GRAPHS if int8 else ())):
             _read_checked(self.path, name, graphs["sha256"])
 
 
@@ -148,7 +150,7 @@ def copy_folder(folder: ModelFolder, target: str | os.PathLike[str]) -> None:
         ConfigError: when `target` is no path.
     """
     checksums = {**folder.description["sha256"], **folder.description.get("onnx", {}).get("sha256", {})}
-    names = [WEIGHTS, TOKENIZER, *(GRAPHS if folder.has_graphs else ()), *((INT8_GRAPH,) if folder.has_int8 else ())]
+    names = [WEIGHTS, TOKENIZER, *(GRAPHS if folder.has_graphs else ()), *(INT8_GRAPHS if folder.has_int8 else ())]
     contents = {name: _read_checked(folder.path, name, checksums) for name in names}
     contents[CARD] = folder.card.encode()
     contents[CONFIG] = _read(folder.path / CONFIG)
@@ -173,7 +175,7 @@ def write_files(path: Path, contents: Mapping[str, bytes]) -> None:
             partial = path / f".{name}.{os.getpid()}.partial"
             partial.write_bytes(content)
             partial.replace(path / name)
-        for name in (*GRAPHS, INT8_GRAPH):
+        for name in (*GRAPHS, *INT8_GRAPHS):
             if name not in contents:  # of an earlier model: they point into its weights
                 (path / name).unlink(missing_ok=True)
     except (OSError, ValueError) as err:  # a name with a NUL is a ValueError
@@ -221,7 +223,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS, CONFIG, TOKENIZER, CARD, *GRAPHS, INT8_GRAPH]))
+        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except HFValidationError as err:
         raise CheckpointError(
             f"{shown(Path(hub_id))}: neither a folder nor a valid hub id: {first_line(err)[:120]}"

@@ -24,7 +24,7 @@ from captioner.caption import Caption, Word
 from captioner.config import SearchOptions
 from captioner.errors import ConfigError, ImageError, SearchError, ServiceClosedError, ServiceError, ServiceTimeoutError
 from captioner.images import ImageLimits, Picture, Source, open_picture, pixels_to_decode
-from captioner.prepared import PreparedPicture, prepare
+from captioner.prepared import PreparedPicture, prepare, side_to_open_px
 from captioner.requests import CALLER, PLACED, Place, RequestRecord, Turnstile, WordStream, require_present
 from captioner.telemetry import Telemetry
 from captioner.threads import available_cpus
@@ -378,7 +378,7 @@ class Service:
         if isinstance(picture, PreparedPicture):
             require_present()
             return self.captioner.prepare(picture)
-        with self._decoder(deadline_s, picture, self.captioner.config.preprocessing.side_px):
+        with self._decoder(deadline_s, picture, side_to_open_px(self.captioner.config.preprocessing)):
             return prepare(picture, self.captioner.config.preprocessing, limits=self._image_limits)
 
     @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 import io
 import pickle
+import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from captions import assert_same, assert_same_words
 from pictures import EXAMPLES
 from PIL import Image
 
-from captioner import ConfigError, ImageError
+from captioner import Captioner, ConfigError, ImageError
 from captioner.config import PreprocessingConfig
-from captioner.prepared import FIGURE_SIDE_PX, PreparedPicture, prepare
+from captioner.images import open_picture
+from captioner.prepared import FIGURE_SIDE_PX, PreparedPicture, prepare, prepare_side_by_side, side_to_open_px
 
 PHOTO = next(path for path in EXAMPLES if path.name == "cat.jpg")
 
@@ -75,3 +78,88 @@ def test_preparing_needs_no_torch():
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert PreparedPicture.__module__ == "captioner.prepared"
+
+
+def test_a_jpeg_little_short_of_twice_the_square_is_decoded_at_half_scale_and_looks_the_same():
+    config = PreprocessingConfig(side_px=256)
+    photo = Image.open(EXAMPLES[0]).convert("RGB").resize((640, 480), Image.Resampling.BICUBIC)
+    files = {name: io.BytesIO() for name in ("JPEG", "PNG")}
+    photo.save(files["JPEG"], "JPEG", quality=95)
+    Image.open(files["JPEG"]).save(files["PNG"], "PNG")
+    assert open_picture(files["JPEG"].getvalue(), side_px=side_to_open_px(config)).image.size == (320, 240)
+    half, whole = (prepare(files[name].getvalue(), config) for name in ("JPEG", "PNG"))
+    assert half.picture_hw_px == whole.picture_hw_px == (480, 640)
+    assert np.abs(half.pixels_u8.astype(int) - whole.pixels_u8).mean() < 1.5
+
+
+# --- Side by side ---
+
+CONFIG = PreprocessingConfig(side_px=32)
+
+
+def attempt(source):
+    return prepare(source, CONFIG)
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives_in_order(tmp_path):
+    missing = tmp_path / "missing.jpg"
+    sources = [*EXAMPLES, missing, *(path.read_bytes() for path in EXAMPLES), b"no picture", str(EXAMPLES[0])]
+    found = list(prepare_side_by_side(sources, attempt, threads=3))
+    assert [isinstance(item, ImageError) for item in found] == [
+        source in (missing, b"no picture") for source in sources
+    ]
+    for source, item in zip(sources, found, strict=True):
+        if isinstance(item, ImageError):
+            with pytest.raises(type(item), match=re.escape(str(item))):
+                attempt(source)
+        else:
+            assert np.array_equal(item.pixels_u8, attempt(source).pixels_u8)
+    assert str(missing) in str(found[len(EXAMPLES)])
+
+
+def test_only_paths_and_bytes_leave_the_callers_thread():
+    threads = {}
+    file = EXAMPLES[0].open("rb")
+
+    def watched(source):
+        threads.setdefault(type(source).__name__, set()).add(threading.get_ident())
+        return attempt(source)
+
+    with file, Image.open(EXAMPLES[1]) as image:
+        sources = [EXAMPLES[0], file, EXAMPLES[1].read_bytes(), image, str(EXAMPLES[2]), np.zeros((9, 9, 3), np.uint8)]
+        found = list(prepare_side_by_side(sources, watched, threads=2))
+    assert all(isinstance(item, PreparedPicture) for item in found)
+    here = threading.get_ident()
+    assert {name for name, used in threads.items() if here in used} == {
+        type(file).__name__,
+        type(image).__name__,
+        "ndarray",
+    }
+
+
+def test_what_is_no_fault_of_a_picture_comes_in_its_turn_and_ends_it():
+    def failing(source):
+        if source == b"other":
+            raise ConfigError("of the whole run")
+        return attempt(source)
+
+    found = prepare_side_by_side([EXAMPLES[0], b"no picture", b"other", EXAMPLES[1]], failing, threads=2)
+    assert isinstance(next(found), PreparedPicture)
+    assert isinstance(next(found), ImageError)
+    with pytest.raises(ConfigError, match="of the whole run"):
+        next(found)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_is_decoded_on_as_many_threads_as_the_captioner_may_use(example_photos, threads, monkeypatch):
+    captioner, used = Captioner.load(runtime="onnx", threads=threads), set()
+    as_it_was = captioner.prepare
+
+    def watched(picture):
+        used.add(threading.get_ident())
+        return as_it_was(picture)
+
+    monkeypatch.setattr(captioner, "prepare", watched)
+    for found, photo in zip(captioner.caption_batch(example_photos), example_photos, strict=True):
+        assert_same(found, captioner.caption(as_it_was(photo)))
+    assert used - {threading.get_ident()} if threads > 1 else used == {threading.get_ident()}

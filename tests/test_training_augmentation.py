@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from captioner import ConfigError
-from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_px
+from captioner.config import PreprocessingConfig
+from captioner.prepared import side_to_open_px
+from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_part_px
 
 NOTHING = {"mirror": 0.0, "min_area": 1.0, "colour": 0.0}
 EVERYTHING = {"mirror": 0.5, "min_area": 0.5, "colour": 0.5, "rand_augment": 2, "erase": 0.5}
@@ -68,12 +70,13 @@ def test_an_augmented_picture_keeps_its_size_and_the_original_its_pixels(setting
     assert image.tobytes() == before
 
 
-@given(settings=settings_of_all_kinds, side_px=st.integers(1, 2000))
-def test_the_smallest_part_of_what_is_opened_still_has_the_side(settings, side_px):
-    opened_px = side_to_open_px(side_px, settings)
-    assert opened_px * settings.min_area**0.5 >= side_px * (1 - 1e-9)
-    assert (opened_px - 1) * settings.min_area**0.5 <= side_px * (1 + 1e-9)
-    assert side_to_open_px(side_px, None) == side_px
+@given(settings=settings_of_all_kinds, side_px=st.integers(32, 2000))
+def test_the_smallest_part_of_what_is_opened_has_as_many_pixels_as_a_whole_picture(settings, side_px):
+    config = PreprocessingConfig(side_px=side_px)
+    whole_px, opened_px = side_to_open_px(config), side_to_open_part_px(config, settings)
+    assert opened_px * settings.min_area**0.5 >= whole_px * (1 - 1e-9)
+    assert (opened_px - 1) * settings.min_area**0.5 <= whole_px * (1 + 1e-9)
+    assert side_to_open_part_px(config, None) == whole_px
 
 
 @given(settings_of_all_kinds, st.integers(0, 999))

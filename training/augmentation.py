@@ -13,7 +13,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms import InterpolationMode, v2
 
+from captioner.config import PreprocessingConfig
 from captioner.errors import ConfigError
+from captioner.prepared import side_to_open_px
 
 # The mean colour of ImageNet: near zero once normalised, so that what is blank says nothing.
 _BLANK_RGB = (124, 116, 104)
@@ -63,17 +65,18 @@ def mirror_allowed(captions: Sequence[str]) -> bool:
     return not any(_SIDES.search(caption) for caption in captions)
 
 
-def side_to_open_px(side_px: int, settings: Augmentation | None) -> int:
-    """Return the side at which to open a picture, so that a part of it still has the pixels that the model takes.
+def side_to_open_part_px(config: PreprocessingConfig, settings: Augmentation | None) -> int:
+    """Return the side at which to open a picture, so that a part of it has as many pixels as a whole one would.
 
     Args:
-        side_px: of the model's square.
+        config: of the model.
         settings: of the augmentation; None: none.
 
     Returns:
         The `side_px` of `open_picture`.
     """
-    return side_px if settings is None else math.ceil(side_px / math.sqrt(settings.min_area))
+    whole_px = side_to_open_px(config)
+    return whole_px if settings is None else math.ceil(whole_px / math.sqrt(settings.min_area))
 
 
 def augment(image: Image.Image, settings: Augmentation, *, mirror: bool, rng: random.Random) -> Image.Image:

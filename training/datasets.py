@@ -17,7 +17,7 @@ from captioner.errors import DataError, ImageError
 from captioner.images import open_picture
 from captioner.preprocessing import to_pixels
 from captioner.tokenizer import Tokenizer
-from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_px
+from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_part_px
 from training.batches import Batch, Item, ItemKey, choose_captions, collate, stateless_random
 from training.features import FeatureStore
 from training.shards import StreamedPicture, stream_samples
@@ -77,7 +77,7 @@ class ItemMaker:
             The item, or what is wrong with the picture.
         """
         try:
-            side_px = side_to_open_px(self.preprocessing.side_px, self.augmentation)
+            side_px = side_to_open_part_px(self.preprocessing, self.augmentation)
             image = open_picture(source, side_px=side_px).image
         except ImageError as err:
             return BadPicture(name, str(err))

@@ -30,15 +30,16 @@ from captioner.config import PreprocessingConfig
 from captioner.encoder import Encoder
 from captioner.errors import DataError, ImageError
 from captioner.images import open_picture
+from captioner.prepared import side_to_open_px
 from captioner.preprocessing import to_pixels
-from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_px
+from training.augmentation import Augmentation, augment, mirror_allowed, side_to_open_part_px
 from training.batches import stateless_random
 from training.sources import BadPicture, CaptionedPicture
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 32
 # Counted up where pictures come to be opened in another way, so that older caches are made anew.
-_DECODING = 2
+_DECODING = 3
 
 
 class FeatureStore:
@@ -141,11 +142,11 @@ class _Views(Dataset[tuple[int, list[Tensor] | BadPicture]]):
     def __getitem__(self, index: int) -> tuple[int, list[Tensor] | BadPicture]:
         picture = self.pictures[index]
         try:
-            opened = open_picture(picture.path, side_px=self.preprocessing.side_px)
+            opened = open_picture(picture.path, side_px=side_to_open_px(self.preprocessing))
             found = [to_pixels(opened.image, self.preprocessing)]
             reduced = opened.image.size[::-1] != opened.full_hw_px
             if reduced and self.views > 1 and self.augmentation is not None:
-                side_px = side_to_open_px(self.preprocessing.side_px, self.augmentation)
+                side_px = side_to_open_part_px(self.preprocessing, self.augmentation)
                 opened = open_picture(picture.path, side_px=side_px)
         except ImageError as err:
             return index, BadPicture(picture.name, str(err))

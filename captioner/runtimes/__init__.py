@@ -35,8 +35,8 @@ def open_runtime(
     Args:
         folder: the model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
-        runtime: "torch"; "onnx", ONNX Runtime on the CPU; "onnx-int8", the same with the encoder in 8 bits, where the
-            folder has one; "auto": onnx on a CPU where the folder has ONNX graphs, else torch.
+        runtime: "torch"; "onnx", ONNX Runtime on the CPU; "onnx-int8", the same in 8 bits, where the folder
+            has such graphs; "auto": onnx on a CPU where the folder has ONNX graphs, else torch.
         threads: of the CPU; None: ONNX Runtime takes those that this process may use, PyTorch keeps what it has.
 
     Returns:

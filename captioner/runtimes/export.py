@@ -38,10 +38,12 @@ from captioner.model_folder import (
     CARD,
     CONFIG,
     ENCODER_GRAPH,
+    ENCODER_INT8_GRAPH,
     GRAPHS,
-    INT8_GRAPH,
+    INT8_GRAPHS,
     START_GRAPH,
     STEP_GRAPH,
+    STEP_INT8_GRAPH,
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
@@ -50,7 +52,7 @@ from captioner.model_folder import (
 )
 from captioner.preprocessing import normalise
 from captioner.rows import GridMemory, PictureRows
-from captioner.runtimes.quantise import quantise_encoder, read_photos
+from captioner.runtimes.quantise import quantise_encoder, quantise_weights, read_photos
 
 if TYPE_CHECKING:
     import onnx
@@ -152,11 +154,11 @@ def export_onnx(source: str | os.PathLike[str] | None, *, int8_photos: Sequence[
     """Write the ONNX graphs of a model into its folder.
 
     Before anything is written, captions are scored through both runtimes: what lies apart by more than `TOLERANCE` is
-    refused. Of an encoder in 8 bits that cannot be asked: how much it costs is for the scores of its captions to say.
+    refused. Of a model in 8 bits that cannot be asked: how much it costs is for the scores of its captions to say.
 
     Args:
         source: a model folder; None for the bundled model.
-        int8_photos: to quantise the encoder too, files and folders of photos like those that it will see, of which the
+        int8_photos: to quantise the model too, files and folders of photos like those that it will see, of which the
             first 128 are taken; see `captioner.runtimes.quantise`.
 
     Returns:
@@ -193,11 +195,13 @@ def export_onnx(source: str | os.PathLike[str] | None, *, int8_photos: Sequence[
         write_files(Path(trial), {**rest, CARD: folder.card.encode(), **contents})
         compare_runtimes(read_folder(trial), checkpoint)
         if int8_photos:
-            graph = quantise_encoder(Path(trial, ENCODER_GRAPH), squares)
-            description["onnx"]["sha256"][INT8_GRAPH] = hashlib.sha256(graph).hexdigest()
+            graphs[ENCODER_INT8_GRAPH] = quantise_encoder(Path(trial, ENCODER_GRAPH), squares)
+            graphs[STEP_INT8_GRAPH] = quantise_weights(Path(trial, STEP_GRAPH))
+            for name in INT8_GRAPHS:
+                description["onnx"]["sha256"][name] = hashlib.sha256(graphs[name]).hexdigest()
             description["onnx"]["int8_photos"] = len(squares)
             # config.json last: it vouches for the others.
-            contents = {**graphs, INT8_GRAPH: graph, CONFIG: _json(description)}
+            contents = {**graphs, CONFIG: _json(description)}
     write_files(folder.path, contents)
     return read_folder(folder.path)
 

@@ -26,9 +26,11 @@ from captioner.errors import CheckpointError
 from captioner.model_folder import (
     CONFIG,
     ENCODER_GRAPH,
-    INT8_GRAPH,
+    ENCODER_INT8_GRAPH,
+    INT8_GRAPHS,
     START_GRAPH,
     STEP_GRAPH,
+    STEP_INT8_GRAPH,
     WEIGHTS,
     ModelFolder,
     first_line,
@@ -49,11 +51,11 @@ class OnnxRuntime:
     Args:
         folder: of a model that was exported.
         threads: to compute on; None: the CPUs that this process may use.
-        int8: look at pictures in 8 bits; see `captioner.runtimes.quantise`.
+        int8: compute in 8 bits; see `captioner.runtimes.quantise`.
 
     Attributes:
         name: "onnx" or "onnx-int8".
-        variant: empty, or the SHA-256 of the encoder in 8 bits.
+        variant: empty, or the SHA-256 of the graphs in 8 bits.
 
     Raises:
         CheckpointError: when the folder has no graphs, or a file is missing, damaged or of another model.
@@ -65,12 +67,13 @@ class OnnxRuntime:
     def __init__(self, folder: ModelFolder, *, threads: int | None = None, int8: bool = False) -> None:
         folder.check_graphs(int8=int8)
         self.name = "onnx-int8" if int8 else "onnx"
-        self.variant: str = folder.description["onnx"]["sha256"][INT8_GRAPH] if int8 else ""
+        checksums = folder.description["onnx"]["sha256"]
+        self.variant = " ".join(checksums[name] for name in INT8_GRAPHS) if int8 else ""
         self._config = folder.config
         self.grid_hw = folder.grid_hw
         self._folder = folder
         options = _options(checked_threads(threads))
-        encoder = INT8_GRAPH if int8 else ENCODER_GRAPH
+        encoder, step_graph = (ENCODER_INT8_GRAPH, STEP_INT8_GRAPH) if int8 else (ENCODER_GRAPH, STEP_GRAPH)
         self._encoder = _Graph(folder, encoder, options)
         cells = self._encoder.output_shape[1]
         if cells != self.grid_hw[0] * self.grid_hw[1]:
@@ -79,7 +82,7 @@ class OnnxRuntime:
                 f"{encoder} gives"
             )
         kind = _MultiheadDecoder if folder.config.decoder == "multihead" else _RecurrentDecoder
-        start, step = _Graph(folder, START_GRAPH, options), _Graph(folder, STEP_GRAPH, options)
+        start, step = _Graph(folder, START_GRAPH, options), _Graph(folder, step_graph, options)
         self._decoder = kind(start, step, max_tokens=folder.config.max_tokens)
         self._familiarity = None
         if folder.config.confidence is not None:

@@ -18,7 +18,7 @@ class Runtime(Protocol):
 
     Attributes:
         name: "torch", "onnx" or "onnx-int8".
-        variant: what features depend on besides the weights: empty, or the SHA-256 of an encoder in 8 bits.
+        variant: what features depend on besides the weights: empty, or the checksums of the graphs in 8 bits.
         grid_hw: rows and columns of the grid.
     """
 
