@@ -57,11 +57,11 @@ def model_folder(settings: Settings) -> Path:
     return BUNDLED if settings.model is None else Path(settings.model)
 
 
-# --- Hugging Face: a torchvision encoder, and `generate` of BART's decoder ---
+# --- Hugging Face: the encoder in torch, and `generate` of BART's decoder ---
 
 
 class HuggingFaceCaptioner:
-    """What one writes with torchvision and transformers: CNN features, a projection, `generate` with beams.
+    """What one writes with torch and transformers: CNN features, a projection, `generate` with beams.
 
     The weights are random, as they do not change the time: every caption has the same number of tokens. What
     generate gives are ids: no sentence, no probability, no map.
@@ -84,7 +84,7 @@ class HuggingFaceCaptioner:
         self._device, self._dtype = torch.device(device), dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            # Our model's encoder before anything is folded: the layers of torchvision as they come.
+            # Our model's encoder before anything is folded: its layers as they come.
             encoder = build_model(config).encoder
             project = nn.Linear(encoder.feature_dim, sizes.dim)
             bart = BartForConditionalGeneration(
@@ -150,7 +150,8 @@ DIFFERENCES = (
     f"both write {WORDS} words with 3 beams. Ours takes one step more, which scores the end, repeats no pair of words "
     "if the model's search options say so, and gives sentence, probabilities, scores and maps; generate gives ids "
     "alone",
-    "the baseline decodes one file after the other, the whole of it; ours lets libjpeg decode at half the side",
+    "the baseline decodes one file after the other, the whole of it; ours those of a batch side by side, and lets "
+    "libjpeg decode at half the side",
     "the baseline's batch norms are not folded; its weights are random",
 )
 
