@@ -19,7 +19,7 @@ from captioner.cli_batch import batch, merge
 from captioner.cli_serve import serve
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
-from captioner.model_folder import GRAPHS, INT8_GRAPHS
+from captioner.model_folder import GRAPHS, INT8_GRAPHS, read_folder
 from captioner.terminal import (
     FAILED,
     SOME_FAILED,
@@ -252,6 +252,7 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
         "captioner": __version__,
         **{name: version(name) for name in ("torch", "torchvision", "onnxruntime")},
         "runtime": captioner.runtime.name,
+        "runtimes": list(read_folder(model).runtimes),
         "device": captioner.device,
         "model": "bundled" if model is None else model,
         "decoder": config.decoder,
@@ -267,7 +268,10 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
         print_json(facts | {"card": captioner.card})
         return
     for name, value in facts.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else one_line(str(value))
+        if isinstance(value, dict):
+            shown = ", ".join(f"{k} {v}" for k, v in value.items())
+        else:
+            shown = ", ".join(value) if name == "runtimes" else one_line(str(value))
         say(f"{name.replace('_', ' '):18} {shown}")
     if captioner.card:
         say("\n" + captioner.card.strip())

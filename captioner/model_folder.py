@@ -63,6 +63,12 @@ class ModelFolder:
         return self.has_graphs and all(name in self.description["onnx"]["sha256"] for name in INT8_GRAPHS)
 
     @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Names of the runtimes that it holds the files of; PyTorch needs none beside the weights."""
+        graphs = [("onnx", self.has_graphs), ("onnx-int8", self.has_int8)]
+        return ("torch", *(name for name, there in graphs if there))
+
+    @property
     def grid_hw(self) -> tuple[int, int]:
         """Rows and columns of the grid, as the export noted them; of a folder whose graphs were checked."""
         rows, columns = self.description["onnx"]["grid_hw"]

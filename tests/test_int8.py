@@ -82,6 +82,7 @@ def test_it_lies_beside_the_other_graphs_which_stay_as_they_were(folder, exporte
     assert after.keys() - before.keys() == set(INT8_GRAPHS)
     assert {name for name in before if after[name] != before[name]} == {CONFIG}
     assert read_folder(folder).description["onnx"]["int8_photos"] == FEWEST_PHOTOS
+    assert read_folder(folder).runtimes == ("torch", "onnx", "onnx-int8")
     encoder, step = (onnx.load(folder / name).graph.node for name in (ENCODER_INT8_GRAPH, STEP_INT8_GRAPH))
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in encoder}
     assert "MatMulNBits" in {node.op_type for node in step}
