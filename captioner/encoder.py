@@ -205,6 +205,20 @@ class Encoder(nn.Module):
             )
         return int(shape[1]), grid_hw
 
+    def grid_hw_of(self, side_px: int) -> tuple[int, int]:
+        """Return the grid of pictures of another side than the encoder was made for.
+
+        Args:
+            side_px: of the square input, model pixels.
+
+        Returns:
+            Rows and columns.
+
+        Raises:
+            ConfigError: for a side that the network does not allow.
+        """
+        return self._probe(side_px)[1]
+
     def set_trainable(self, last_stages: int | None = None, *, batch_norm: bool = True) -> None:
         """Choose which part is trained; the rest is frozen, the statistics of its batch norms included.
 

@@ -92,6 +92,9 @@ def small(name, root, folder):
     else:
         settings["model"]["encoder_weights"] = None
         settings["data"]["preprocessing"] = {"side_px": 64}
+        for stage in settings["model"]["stages"]:
+            if "side_px" in stage:
+                stage["side_px"] = 32
     return settings
 
 
@@ -133,7 +136,7 @@ def test_the_recipe_of_the_bundled_model_has_its_shape():
         "decoder": settings["model"]["decoder"],
         "decoder_settings": settings["model"]["decoder_settings"],
         "encoder": settings["model"]["encoder"],
-        "preprocessing": yaml.safe_load(CONFIGS["bundled_256"].read_text())["data"]["preprocessing"],
+        "preprocessing": settings["data"]["preprocessing"],
         "max_tokens": settings["data"]["max_tokens"],
         "vocabulary_size": bundled.vocabulary_size,
     }

@@ -175,6 +175,7 @@ class CaptionData(lightning.LightningDataModule):
         self.bad: dict[str, BadPicture] = {}
         self._shards: dict[str, list[Path]] = {}
         self._features: FeatureStore | None = None
+        self._sides_px: tuple[int | None, ...] = ()
         self._cached_epochs = 0
         self._train_loader: DataLoader[Any] | None = None
 
@@ -331,6 +332,14 @@ class CaptionData(lightning.LightningDataModule):
         chosen = [name for name in names if name != "workers" or self._shards]  # they share the shards
         return {name: getattr(self, name) for name in chosen} | {"processes": self._processes()[1]}
 
+    def use_sides(self, sides_px: Sequence[int | None]) -> None:
+        """Let epochs learn from pictures of another side than the model's.
+
+        Args:
+            sides_px: by epoch; None: the model's.
+        """
+        self._sides_px, self._train_loader = tuple(sides_px), None
+
     def use_cache(self, encoder: Encoder, *, epochs: int) -> None:
         """Let the first epochs read the features of the frozen encoder, computed now unless they are there.
 
@@ -351,7 +360,7 @@ class CaptionData(lightning.LightningDataModule):
             self.cache_folder,
             encoder=encoder,
             pictures=self.pictures["train"],
-            preprocessing=self.preprocessing,
+            preprocessing=self._maker(None, self._sides_px).preprocessing_in(0),
             augmentation=self.augmentation,
             views=self.cache_views,
             seed=self.seed,
@@ -359,7 +368,7 @@ class CaptionData(lightning.LightningDataModule):
         )
         self.note_bad(list(self._features.bad.values()))
 
-    def _maker(self, augmentation: Augmentation | None) -> ItemMaker:
+    def _maker(self, augmentation: Augmentation | None, sides_px: Sequence[int | None] = ()) -> ItemMaker:
         if self.tokenizer is None:
             raise DataError("the data was not set up: call setup() first")
         return ItemMaker(
@@ -369,6 +378,7 @@ class CaptionData(lightning.LightningDataModule):
             max_tokens=self.max_tokens,
             augmentation=augmentation,
             seed=self.seed,
+            sides_px=sides_px,
         )
 
     def _where(self, batches: int) -> tuple[int, int]:
@@ -401,7 +411,7 @@ class CaptionData(lightning.LightningDataModule):
         return self._train_loader
 
     def _make_train_loader(self) -> DataLoader[Any]:
-        maker = self._maker(self.augmentation)
+        maker = self._maker(self.augmentation, self._sides_px)
         rank, world_size = self._processes()
         if self._shards:
             batches = len(self.pictures["train"]) // (self.batch_size * world_size)

@@ -6,6 +6,7 @@ Shapes: R captions of a picture in a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class ItemMaker:
         max_tokens: longer captions are cut there, before the end token.
         augmentation: for training; None for evaluation.
         seed: of the choice of captions and the augmentation.
+        sides_px: by epoch, side of the pictures; None, or an epoch beyond: that of `preprocessing`.
     """
 
     def __init__(
@@ -47,10 +49,16 @@ class ItemMaker:
         max_tokens: int,
         augmentation: Augmentation | None,
         seed: int,
+        sides_px: Sequence[int | None] = (),
     ) -> None:
         self.tokenizer, self.preprocessing = tokenizer, preprocessing
         self.captions_per_picture, self.max_tokens = captions_per_picture, max_tokens
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation, self.seed, self.sides_px = augmentation, seed, sides_px
+
+    def preprocessing_in(self, epoch: int) -> PreprocessingConfig:
+        """Return side and normalisation of the pictures of an epoch."""
+        side_px = self.sides_px[epoch] if epoch < len(self.sides_px) else None
+        return self.preprocessing if side_px is None else replace(self.preprocessing, side_px=side_px)
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Return captions as ids with start and end."""
@@ -76,15 +84,16 @@ class ItemMaker:
         Returns:
             The item, or what is wrong with the picture.
         """
+        preprocessing = self.preprocessing_in(epoch)
         try:
-            side_px = side_to_open_part_px(self.preprocessing, self.augmentation)
+            side_px = side_to_open_part_px(preprocessing, self.augmentation)
             image = open_picture(source, side_px=side_px).image
         except ImageError as err:
             return BadPicture(name, str(err))
         if self.augmentation is not None:
             draw = stateless_random(self.seed, "augmentation", epoch, name)
             image = augment(image, self.augmentation, mirror=mirror_allowed(captions), rng=draw)
-        return Item(to_pixels(image, self.preprocessing), self.choice(ids, name, epoch), name)
+        return Item(to_pixels(image, preprocessing), self.choice(ids, name, epoch), name)
 
     def streamed(self, sample: StreamedPicture | BadPicture, epoch: int) -> Item | BadPicture:
         """Return a picture of a shard as `item` does; a bad one as it is."""

@@ -102,7 +102,7 @@ def features_key(
     digest = hashlib.sha256()
     settings = {
         "decoding": _DECODING,
-        "encoder": [encoder.backbone, encoder.stride, encoder.grid_hw],
+        "encoder": [encoder.backbone, encoder.stride, encoder.grid_hw_of(preprocessing.side_px)],
         "preprocessing": dataclasses.asdict(preprocessing),
         "augmentation": dataclasses.asdict(augmentation) if augmentation is not None and views > 1 else None,
         "views": views,
@@ -176,7 +176,7 @@ def prepare_features(
         folder: of the caches; made when it is not there.
         encoder: frozen, on the device that is to compute.
         pictures: in the order of the data set.
-        preprocessing: the same as in use.
+        preprocessing: the same as in use, but perhaps for the side.
         augmentation: of the views after the first.
         views: how many versions of each picture: the first as it is, the others augmented.
         seed: of the augmentation.
@@ -192,7 +192,8 @@ def prepare_features(
         encoder, pictures, preprocessing=preprocessing, augmentation=augmentation, views=views, seed=seed
     )
     path = folder / f"features-{key[:32]}.npy"
-    shape = (len(pictures) * views, encoder.grid_hw[0] * encoder.grid_hw[1], encoder.feature_dim)
+    rows, columns = encoder.grid_hw_of(preprocessing.side_px)
+    shape = (len(pictures) * views, rows * columns, encoder.feature_dim)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Of several processes the first computes; the others wait, and find it.

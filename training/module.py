@@ -5,6 +5,7 @@ Shapes: B pictures, R captions of each, N = B * R rows, T tokens, V vocabulary, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +22,7 @@ from captioner.api import search_vocabulary
 from captioner.checkpoint import Checkpoint, load_checkpoint
 from captioner.config import DECODER_CONFIGS, EncoderConfig, ModelConfig, SearchOptions
 from captioner.decoders import MultiheadDecoder
+from captioner.decoders.multihead import stretched
 from captioner.encoder import Encoder
 from captioner.errors import CheckpointError, ConfigError, DataError
 from captioner.metrics import evaluate
@@ -121,6 +123,7 @@ class CaptionModule(lightning.LightningModule):
         self._frozen: tuple[torch.nn.Sequential, ...] = ()
         self._in_use: tuple[Encoder, ...] = ()
         self._resumed_epoch = 0
+        self._grid_hw = (0, 0)
         self._rewards: dict[RewardConfig, CaptionReward] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -149,8 +152,10 @@ class CaptionModule(lightning.LightningModule):
                 f"data.init_from={self._data.init_from} and model.init_from={self.init_from} differ; give both the same"
             )
         self.model = build_model(self._model_config(), encoder_weights=self.encoder_weights)
-        for stage in self.plan.stages:  # a number of stages that the encoder does not have is found before long work
+        for stage in self.plan.stages:  # what the encoder does not have or allow is found before long work
             self.model.encoder.set_trainable(stage.encoder_stages)
+            if stage.side_px is not None:
+                self.model.encoder.grid_hw_of(stage.side_px)
         self.model.encoder.set_trainable(None)
         if self.init_from is not None:
             start_from(self.model, load_checkpoint(None if self.init_from == "bundled" else self.init_from))
@@ -236,6 +241,9 @@ class CaptionModule(lightning.LightningModule):
                 self.model.encoder.set_trainable(0)
             else:
                 self.model.encoder.set_trainable(stage.encoder_stages, batch_norm=stage.encoder_batch_norm)
+            side_px, encoder = stage.side_px, self.model.encoder
+            self._grid_hw = encoder.grid_hw if side_px is None else encoder.grid_hw_of(side_px)
+            self._tables = None
             self._frozen = (self.model.encoder.folded_frozen_stages().to(memory_format=torch.channels_last),)
         torch.manual_seed(stateless_seed(self.seed, batches_done(self.trainer), self.global_rank))
 
@@ -248,17 +256,25 @@ class CaptionModule(lightning.LightningModule):
             for _ in range(2 if stage.cross_entropy_weight else 1):
                 self._share(batch.tokens)
             return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum() * 0
-        grid_BPC = self._grid(batch, train=stage.encoder == "finetune")
-        if stage.objective == "self_critical":
-            loss = self._self_critical(grid_BPC, batch, stage)
-        else:
-            loss = self._cross_entropy(grid_BPC, batch, stage)
-        if stage.mosaics:
-            loss = loss + stage.mosaics * self._mosaics(batch, stage)
+        with self._over_grid():
+            grid_BPC = self._grid(batch, train=stage.encoder == "finetune")
+            if stage.objective == "self_critical":
+                loss = self._self_critical(grid_BPC, batch, stage)
+            else:
+                loss = self._cross_entropy(grid_BPC, batch, stage)
+            if stage.mosaics:
+                loss = loss + stage.mosaics * self._mosaics(batch, stage)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.names))
         for group in self.trainer.optimizers[0].param_groups[::2]:  # with and without decay the rate is the same
             self.log(f"rate_{group['name']}", group["lr"], batch_size=len(batch.names))
         return loss
+
+    def _over_grid(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the decoder reads pictures of the stage's side."""
+        decoder = self.model.decoder
+        if not isinstance(decoder, MultiheadDecoder):  # the others have no positions
+            return contextlib.nullcontext()
+        return decoder.over_grid(self._grid_hw)
 
     def _grid(self, batch: Batch, *, train: bool) -> Tensor:
         if batch.cached:
@@ -318,7 +334,7 @@ class CaptionModule(lightning.LightningModule):
 
     def _pointing_tables(self) -> tuple[Tensor, Tensor]:
         if self._tables is None:
-            shares_4P = quadrant_shares(self.model.encoder.grid_hw).to(self.device)
+            shares_4P = quadrant_shares(self._grid_hw).to(self.device)
             self._tables = (shares_4P, content_words(self.tokenizer).to(self.device))
         return self._tables
 
@@ -442,6 +458,7 @@ class CaptionModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; matrices decay, vectors and scalars do not; each stage has its rates."""
+        self._data.use_sides(self.plan.sides_px)
         if self._resumed_epoch < self.plan.cached_epochs:
             self._data.use_cache(self.model.encoder, epochs=self.plan.cached_epochs)
         steps = math.ceil(self._data.train_batches() / self.trainer.accumulate_grad_batches)
@@ -488,9 +505,7 @@ def start_from(model: CaptionModel, base: Checkpoint) -> None:
         elif given is not None and given.shape[1:] == value.shape[1:] and (len(given), len(value)) == (size, larger):
             filled[name] = torch.cat([given, given[unknown].expand_as(value[size:])])
         elif given is not None and name in _GRID_POSITIONS and given.shape[-1:] == value.shape[-1:]:
-            lines_1DC = given.flatten(0, 1).T[None]
-            stretched_1DC = torch.nn.functional.interpolate(lines_1DC, max(value.shape[:2]), mode="linear")
-            filled[name] = stretched_1DC[0].T.reshape_as(value)
+            filled[name] = stretched(given.flatten(0, 1), max(value.shape[:2])).reshape_as(value)
         else:
             shape = None if given is None else tuple(given.shape)
             raise CheckpointError(f"model.init_from: {name} has shape {shape}, the config needs {tuple(value.shape)}")

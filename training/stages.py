@@ -36,6 +36,9 @@ class Stage:
         encoder_batch_norm: whether the statistics of the encoder's batch norms follow the training pictures; they
             keep still for small batches and small data. Only for "finetune".
         cached: read the grid features of the frozen encoder from the cache instead of the pictures.
+        side_px: side of the squares that are learned from, where it is not the model's: smaller pictures take less
+            time. Positions of the grid are interpolated, see `MultiheadDecoder.over_grid`; dev pictures are captioned
+            at the model's side. None: the model's.
         objective: "cross_entropy" (teacher forcing), or "self_critical" (Rennie et al. 2017).
         learning_rate: highest rate of the decoder.
         encoder_learning_rate: highest rate of the encoder. Only for "finetune".
@@ -71,6 +74,7 @@ class Stage:
     encoder_stages: int | None = None
     encoder_batch_norm: bool = True
     cached: bool = False
+    side_px: int | None = None
     objective: str = "cross_entropy"
     learning_rate: float = 7e-4
     encoder_learning_rate: float = 1e-4
@@ -100,6 +104,7 @@ class Stage:
         _require(
             self.objective in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
         )
+        _require(self.side_px is None or self.side_px >= 1, f"side_px must be at least 1, got {self.side_px}")
         _require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
         for name in ("learning_rate", "encoder_learning_rate", "attention_regularisation", "mosaics", "pointing"):
             value = getattr(self, name)
@@ -121,6 +126,10 @@ class Stage:
         _require(
             not (self.cached and self.mosaics),
             "mosaics are made of pictures, not of cached features; use cached: false, or mosaics: 0",
+        )
+        _require(
+            not self.mosaics or self.side_px is None or self.side_px % 2 == 0,
+            f"mosaics need pictures of an even side, got side_px={self.side_px}",
         )
         _require(bool(self.mosaics) or not self.pointing, f"pointing={self.pointing} needs mosaics above 0")
         if self.objective == "self_critical":
@@ -154,7 +163,7 @@ class StagePlan:
 
     Raises:
         ConfigError: for no stage, or cached features after the encoder has been trained: the cache is made once,
-            at the start.
+            at the start; or cached stages of several sides.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -168,6 +177,8 @@ class StagePlan:
                 f"stage {late[0] + 1} reads cached features, but stage {tuned[0] + 1} has trained the encoder; "
                 "cached stages come first"
             )
+        if len(set(self.sides_px[: self.cached_epochs])) > 1:
+            raise ConfigError("cached stages share one cache, of pictures of one side; give them all the same side_px")
         for index, stage in enumerate(self.stages):
             self._check_origins(stage, index)
 
@@ -208,6 +219,11 @@ class StagePlan:
 
     def _cached(self) -> list[int]:
         return [epoch for epoch in range(self.epochs) if self.at(epoch).stage.cached]
+
+    @property
+    def sides_px(self) -> tuple[int | None, ...]:
+        """Side of the pictures that each epoch learns from; None: the model's."""
+        return tuple(self.at(epoch).stage.side_px for epoch in range(self.epochs))
 
     def at(self, epoch: int) -> Position:
         """Return the stage of an epoch; after the last epoch the last stage."""

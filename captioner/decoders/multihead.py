@@ -7,8 +7,9 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -131,6 +132,19 @@ class StepOutput(NamedTuple):
     values: tuple[Tensor, ...]
 
 
+def stretched(positions_ND: Tensor, count: int) -> Tensor:
+    """Interpolate positions of a line of cells linearly over another number of cells of the same line.
+
+    Args:
+        positions_ND: one a cell.
+        count: of the cells wanted.
+
+    Returns:
+        positions [count, D].
+    """
+    return functional.interpolate(positions_ND.T[None], count, mode="linear")[0].T
+
+
 class MultiheadDecoder(nn.Module):
     """Pre-norm transformer over the grid; see the module's text and `Decoder`.
 
@@ -184,14 +198,37 @@ class MultiheadDecoder(nn.Module):
         self.dropout = Dropout(dropout)
         for parameter in (self.embedding.weight, self.position, self.grid_row, self.grid_column):
             nn.init.normal_(parameter, std=0.02)
+        self._shown_hw: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def over_grid(self, grid_hw: tuple[int, int]) -> Iterator[None]:
+        """Read grids of pictures of another side: the positions of rows and columns are interpolated over them.
+
+        As for larger pictures in ViT (Dosovitskiy et al. 2021, section 3.2). Gradients reach the positions.
+
+        Args:
+            grid_hw: rows and columns of the grids that are read within.
+        """
+        before, self._shown_hw = self._shown_hw, grid_hw
+        try:
+            yield
+        finally:
+            self._shown_hw = before
+
+    def _cell_positions(self) -> Tensor:
+        row_H1D: Tensor = self.grid_row
+        column_1WD: Tensor = self.grid_column
+        if self._shown_hw is not None and self._shown_hw != (row_H1D.shape[0], column_1WD.shape[1]):
+            row_H1D = stretched(row_H1D[:, 0], self._shown_hw[0])[:, None]
+            column_1WD = stretched(column_1WD[0], self._shown_hw[1])[None]
+        return (row_H1D + column_1WD).flatten(0, 1)
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
     def remember(self, grid_BPC: Tensor) -> tuple[GridMemory, ...]:
         """Compute keys and values of the pictures, once per layer."""
-        place_PD = (self.grid_row + self.grid_column).flatten(0, 1)
-        memory_BPD = self.dropout(self.grid(grid_BPC) + place_PD)
+        memory_BPD = self.dropout(self.grid(grid_BPC) + self._cell_positions())
         return tuple(block.grid_attention.remember(memory_BPD) for block in self._layers())
 
     def _embed(self, tokens_R: Tensor, position_RD: Tensor) -> Tensor:
