@@ -7,8 +7,10 @@ FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home captioner
 WORKDIR /opt/captioner
 
-# Torch first: it changes least and weighs most. The CPU build is a tenth of the one with CUDA.
-RUN pip install --no-cache-dir "torch>=2.11" "torchvision>=0.26" --index-url https://download.pytorch.org/whl/cpu
+# Torch first: it changes least and weighs most. The CPU build is a tenth of the one with CUDA. Where only a mirror of PyPI
+# can be reached: --build-arg TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir "torch>=2.11" "torchvision>=0.26" --index-url "$TORCH_INDEX"
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 

@@ -105,6 +105,11 @@ class Captioner:
         return self.runtime.device
 
     @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What the model could compute in, by the files that its folder held: names for `load(runtime=...)`."""
+        return self._folder.runtimes if self._folder is not None else ("torch",)
+
+    @property
     def config(self) -> ModelConfig:
         """The settings of the model."""
         return self.runtime.config

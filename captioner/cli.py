@@ -19,7 +19,7 @@ from captioner.cli_batch import batch, merge
 from captioner.cli_serve import serve
 from captioner.config import SearchOptions
 from captioner.errors import CaptionerError, ConfigError, ImageError, SearchError
-from captioner.model_folder import GRAPHS, INT8_GRAPHS, read_folder
+from captioner.model_folder import GRAPHS, INT8_GRAPHS
 from captioner.terminal import (
     FAILED,
     SOME_FAILED,
@@ -252,7 +252,7 @@ def info(*, model: Model = None, as_json: Json = False) -> None:
         "captioner": __version__,
         **{name: version(name) for name in ("torch", "torchvision", "onnxruntime")},
         "runtime": captioner.runtime.name,
-        "runtimes": list(read_folder(model).runtimes),
+        "runtimes": list(captioner.runtimes),
         "device": captioner.device,
         "model": "bundled" if model is None else model,
         "decoder": config.decoder,

@@ -479,6 +479,14 @@ def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, device):
         Captioner(tiny_checkpoint("mean"), device=device)
 
 
+def test_a_captioner_says_what_it_could_compute_in(captioner, tiny_checkpoint):
+    made = Captioner(tiny_checkpoint("mean"))
+    assert made.runtimes == ("torch",)
+    assert captioner.runtimes == ("torch", "onnx")
+    for name in captioner.runtimes:
+        assert Captioner.load(runtime=name).runtime.name == name
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_auto_is_another_device_and_cuda_is_refused(tiny_checkpoint):
     assert not Captioner(tiny_checkpoint("mean")).device.startswith("cuda")

@@ -281,7 +281,7 @@ def test_info_tells_the_model_and_its_card(captioner):
     assert facts["grid"] == list(captioner.model.encoder.grid_hw)
     assert facts["vocabulary_size"] == captioner.tokenizer.vocabulary_size
     assert facts["card"] == captioner.card
-    assert facts["runtimes"] == ["torch", "onnx"]
+    assert facts["runtimes"] == list(captioner.runtimes) == ["torch", "onnx"]
     text = run("info").stdout
     assert re.search("^runtimes +torch, onnx$", text, re.MULTILINE)
     for name in ("captioner", "torch", "device", "decoder", "encoder", "grid", "parameters"):
