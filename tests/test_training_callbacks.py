@@ -522,6 +522,45 @@ def test_a_second_run_in_the_folder_keeps_the_record_of_the_first(tmp_path):
     assert [(row["attempt"], row["epoch"]) for row in read_scores(tmp_path)] == [(1, 0), (2, 1), (3, 1)]
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_resumed_in_another_folder_takes_over_the_record(tmp_path, validated):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    keep = ModelCheckpoint(dirpath=first / "checkpoints", filename="{epoch}", save_top_k=-1)
+    with pytest.raises(ZeroDivisionError):
+        fit(first, [RunRecord(), keep, Stops(lambda: 1 / 0)], enable_checkpointing=True)
+    checkpoint = first / "checkpoints" / "epoch=0.ckpt"
+    before = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
+    if not validated:
+        (first / "scores.jsonl").unlink()
+    fit(second, [RunRecord()], ckpt_path=checkpoint)
+    fit(second, [RunRecord()], ckpt_path=checkpoint)  # its own folder knows of the first run by now
+    assert [run["status"] for run in read(second)["earlier"]] == ["failed", "finished"]
+    expected = [(1, 0), (2, 1), (3, 1)] if validated else [(2, 1), (3, 1)]
+    assert [(row["attempt"], row["epoch"]) for row in read_scores(second)] == expected
+    shutil.copytree(second, third)  # a run that was itself resumed, with a checkpoint
+    (third / "checkpoints").mkdir()
+    last = shutil.copy(checkpoint, third / "checkpoints")
+    fit(tmp_path / "fourth", [RunRecord()], ckpt_path=last)
+    assert [run["status"] for run in read(tmp_path / "fourth")["earlier"]] == ["failed", "finished", "finished"]
+    if validated:
+        assert {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()} == before
+
+
+def test_of_a_checkpoint_without_a_record_beside_it_nothing_is_taken_over(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path / "first", [RunRecord(), keep], enable_checkpointing=True)
+    fit(tmp_path / "second", [RunRecord()], ckpt_path=tmp_path / "kept" / "epoch=0.ckpt")
+    assert read(tmp_path / "second")["earlier"] == []
+
+
+def test_a_resumed_run_names_the_record_it_cannot_take_over(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path / "first" / "checkpoints", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path / "first", [RunRecord(), keep], enable_checkpointing=True)
+    (tmp_path / "first" / "run.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"first.run\.json: not the record of a run; move it away"):
+        fit(tmp_path / "second", [RunRecord()], ckpt_path=tmp_path / "first" / "checkpoints" / "epoch=0.ckpt")
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"earlier": 3}', "\xff"])
 def test_a_record_that_is_none_is_named_before_a_step(tmp_path, content):
     (tmp_path / "run.json").write_text(content, encoding="latin-1")

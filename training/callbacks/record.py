@@ -32,9 +32,10 @@ class RunRecord(lightning.Callback):
 
     `run.json` holds versions, command, seed, device, hash and size of the data, git commit, start, end, and status:
     "running", "finished", "interrupted" (Ctrl+C, SIGTERM) or "failed" with the message. A run that was killed stays
-    "running". A second run in the same folder, such as a resumed one, keeps the records of the others in "earlier".
-    `scores.jsonl` has a line for every validation, with the number of the run in this folder as "attempt": a resumed
-    run writes those after its checkpoint again. `bad_pictures.txt` names the pictures that could not be used.
+    "running". A second run in the same folder keeps the records of the others in "earlier", and so does one that goes
+    on from a checkpoint in the folder of another run, whose scores it copies too. `scores.jsonl` has a line for every
+    validation, with the number of the run among all of them as "attempt": a resumed run writes those after its
+    checkpoint again. `bad_pictures.txt` names the pictures that could not be used.
 
     Every file is replaced as a whole, and is whole at any time.
     """
@@ -62,6 +63,26 @@ class RunRecord(lightning.Callback):
             return
         earlier = _earlier(folder / RECORD)
         self._folder, self._record = folder, {**describe_run(trainer), "earlier": earlier}
+        self._write_record()
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take over record and scores of the run that is resumed, where its folder is another.
+
+        Args:
+            trainer: of the run; its checkpoint is loaded.
+            pl_module: not used.
+
+        Raises:
+            CheckpointError: when that folder holds a `run.json` that is none, or its scores cannot be copied.
+        """
+        if self._folder is None or trainer.ckpt_path is None or self._record["earlier"]:
+            return
+        origin = Path(trainer.ckpt_path).resolve().parent.parent  # FOLDER/checkpoints/last.ckpt
+        if origin == self._folder.resolve() or not (origin / RECORD).is_file():
+            return
+        self._record["earlier"] = _earlier(origin / RECORD)
+        with contextlib.suppress(FileNotFoundError):  # it was not yet validated
+            self._write(SCORES, _scores(origin / SCORES))
         self._write_record()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -247,6 +268,15 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
         return [*last.pop("earlier"), last]
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as err:
         raise CheckpointError(f"{path}: not the record of a run; move it away") from err
+
+
+def _scores(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}; make it readable, or move it away") from err
 
 
 def _version(package: str) -> str | None:
