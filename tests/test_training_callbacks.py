@@ -556,9 +556,14 @@ def test_of_a_checkpoint_without_a_record_beside_it_nothing_is_taken_over(tmp_pa
 def test_a_resumed_run_names_the_record_it_cannot_take_over(tmp_path):
     keep = ModelCheckpoint(dirpath=tmp_path / "first" / "checkpoints", filename="{epoch}", save_top_k=-1)
     fit(tmp_path / "first", [RunRecord(), keep], enable_checkpointing=True)
+    checkpoint = tmp_path / "first" / "checkpoints" / "epoch=0.ckpt"
+    (tmp_path / "first" / "scores.jsonl").unlink()
+    (tmp_path / "first" / "scores.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"first.scores\.jsonl: cannot be read: .*make it readable"):
+        fit(tmp_path / "second", [RunRecord()], ckpt_path=checkpoint)
     (tmp_path / "first" / "run.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"first.run\.json: not the record of a run; move it away"):
-        fit(tmp_path / "second", [RunRecord()], ckpt_path=tmp_path / "first" / "checkpoints" / "epoch=0.ckpt")
+        fit(tmp_path / "third", [RunRecord()], ckpt_path=checkpoint)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"earlier": 3}', "\xff"])

@@ -276,7 +276,9 @@ def _scores(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}; make it readable, or move it away") from err
+        raise CheckpointError(
+            f"{path}: cannot be read: {err.strerror or err}; make it readable, or move it away"
+        ) from err
 
 
 def _version(package: str) -> str | None:
