@@ -11,8 +11,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
-# Example, word, whether on a phone.
-SHOTS = {"page.jpg": ("photographer", "shirt", False), "page-phone.jpg": ("photographer", "shirt", True)}
+# Example, which of the captions found, word of it, whether on a phone.
+SHOTS = {
+    "page.jpg": ("photographer", "with a camera", "camera", False),
+    "page-phone.jpg": ("photographer", "with a camera", "camera", True),
+}
 
 
 def main() -> None:
@@ -32,12 +35,13 @@ def main() -> None:
         page.close(verbose=False)
 
 
-def _photograph(browser: Browser, url: str, path: Path, example: str, word: str, phone: bool) -> None:
+def _photograph(browser: Browser, url: str, path: Path, example: str, caption: str, word: str, phone: bool) -> None:
     size = {"width": 390, "height": 844} if phone else {"width": 1100, "height": 868}
     page = browser.new_page(viewport=size, color_scheme="dark" if phone else "light")  # type: ignore[arg-type]
     page.goto(url)
     page.get_by_role("button", name=example).click()
     page.wait_for_selector("[data-part=rest]:not(.waiting) .captions button")
+    page.locator(".captions button", has_text=caption).click()
     page.locator(".stage .words button", has_text=word).click()
     page.locator(".stage" if phone else "body").first.evaluate("element => element.scrollIntoView()")
     page.wait_for_function("Array.from(document.images).every(image => image.complete)")

@@ -5,6 +5,7 @@ import shutil
 import lightning
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_training_resume import EMA, assert_same_end
 from training_runs import error_line, fit, recipe, write_table
 
@@ -102,6 +103,32 @@ def test_a_run_resumed_anywhere_in_its_branches_ends_the_same(whole, data_root, 
         assert (after / "checkpoints" / "stage-1.ckpt").exists()
 
 
+def test_a_run_exports_the_mean_of_the_stages_that_it_names_also_when_it_is_resumed(whole, data_root, tmp_path):
+    folder, _ = whole
+    settings = settings_for(data_root, tmp_path / "run")
+    settings["model"]["export_stages"] = [1, 2]
+    settings["model"]["search"] |= {"beam_size": 2, "no_repeat_ngram": 2}
+    shutil.copytree(folder / "checkpoints", tmp_path / "before", ignore=shutil.ignore_patterns("stage-3.ckpt"))
+    arguments = ["--ckpt_path", tmp_path / "before" / "stage-2.ckpt", "--export", tmp_path / "model"]
+    assert fit(tmp_path / "run", settings, *arguments, "--export_half", "true") == 0
+    model = Captioner.load(tmp_path / "model", device="cpu")
+    first, second = (weights_of(tmp_path / "before" / f"stage-{number}.ckpt") for number in (1, 2))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    name = "decoder.embedding.weight"
+    assert not torch.equal(first[name], second[name])
+    assert torch.equal(stored[name], ((first[name] + second[name]) / 2).half())
+    assert "the mean of stage-1.ckpt, stage-2.ckpt" in (tmp_path / "model" / "README.md").read_text()
+    assert (model.config.search.beam_size, model.config.search.no_repeat_ngram) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"), [([0], "names stage 0, and there are 2"), ([3], "names stage 3"), ([1, 1], "a stage twice")]
+)
+def test_stages_to_export_that_there_are_not_are_refused(stages, words):
+    with pytest.raises(ConfigError, match=rf"model\.export_stages.* {words}|model\.export_stages {words}"):
+        StagePlan([Stage(epochs=1), Stage(epochs=1)], export_stages=stages)
+
+
 @pytest.mark.parametrize(("content", "words"), [(None, "missing, but stage 3"), (b"no checkpoint", "damaged, or of")])
 def test_a_branch_without_its_checkpoint_stops_with_one_line(whole, data_root, tmp_path, capsys, content, words):
     folder, _ = whole
@@ -125,6 +152,9 @@ def test_branches_are_the_last_stages_that_begin_with_one():
     again = Stage(epochs=1, from_stage=(2, 3))
     assert StagePlan([plain, first, first, again, again]).branches == (4, 5)
     assert StagePlan([plain, first, first, again]).branches == ()
+    assert StagePlan([plain, first, first]).exported == (2, 3)
+    assert StagePlan([plain, first, first], export_stages=[1, 3]).exported == (1, 3)
+    assert StagePlan([plain, first]).exported == ()
 
 
 @pytest.mark.parametrize(

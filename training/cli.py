@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import importlib
@@ -25,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from captioner.config import SearchDefaults
 from captioner.errors import CaptionerError, CheckpointError, ConfigError
 from captioner.model_folder import CONFIG
 from training import export, results, survey
@@ -68,8 +70,10 @@ class CaptionCLI(LightningCLI):
             "--export",
             type=str | None,
             default=None,
-            help="model folder to write after fit, from the best epoch, or from the mean of the run's branches",
+            help="model folder to write after fit, from the best epoch, or from the mean of the run's branches or of "
+            "model.export_stages; it searches as model.search says",
         )
+        parser.add_argument("--export_half", type=bool, default=False, help="store its matrices as float16")
         parser.link_arguments("model.init_from", "data.init_from")
         for target in ("data.seed", "model.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
@@ -135,14 +139,18 @@ class CaptionCLI(LightningCLI):
         return trainer
 
     def after_fit(self) -> None:
-        """Write the model folder of the best epoch, or of the branches' mean, if it is wanted; Lightning calls it."""
+        """Write the model folder, if it is wanted; Lightning calls it.
+
+        Raises:
+            ConfigError: when it is the best epoch's, and none was validated.
+        """
         folder = self.config[self.config.subcommand].get("export")
         if folder is None or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.model.plan.branches:
+        if self.model.plan.exported:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
-            self._export([last.folder / STAGE.format(number) for number in self.model.plan.branches], Path(folder))
+            self._export([last.folder / STAGE.format(number) for number in self.model.plan.exported], Path(folder))
             return
         best = [
             callback.best_model_path
@@ -154,7 +162,15 @@ class CaptionCLI(LightningCLI):
         self._export([Path(best[0])], Path(folder))
 
     def _export(self, checkpoints: list[Path], folder: Path) -> None:
-        evaluation = export.export(checkpoints, folder)
+        options = self.model.search_options
+        evaluation = export.export(
+            checkpoints,
+            folder,
+            search=SearchDefaults(
+                **{field.name: getattr(options, field.name) for field in dataclasses.fields(SearchDefaults)}
+            ),
+            half=self.config[self.config.subcommand]["export_half"],
+        )
         sys.stdout.write(f"{evaluation.table()}\n\nThe model is in {folder}\n")
 
 

@@ -74,6 +74,8 @@ class CaptionModule(lightning.LightningModule):
         weight_decay: of AdamW, on matrices only.
         compile_decoder: compile the decoder's teacher-forced pass with `torch.compile`.
         search: how the dev pictures are captioned for the scores.
+        export_stages: stages, counted from 1, of whose last weights `--export` takes the mean; None: the branches at
+            the end of the run, or else the epoch with the best CIDEr-D.
         seed: of everything that is random on the device: dropout, samples.
 
     Attributes:
@@ -101,10 +103,11 @@ class CaptionModule(lightning.LightningModule):
         weight_decay: float = 0.05,
         compile_decoder: bool = False,
         search: SearchOptions | None = None,
+        export_stages: list[int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.plan = StagePlan(stages)
+        self.plan = StagePlan(stages, export_stages=export_stages or ())
         if decoder is not None and decoder not in DECODER_CONFIGS:
             raise ConfigError(f"model.decoder must be one of {', '.join(DECODER_CONFIGS)}, got {decoder!r}")
         if init_from is not None and encoder_weights is not None:

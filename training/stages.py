@@ -160,13 +160,15 @@ class StagePlan:
 
     Args:
         stages: in order; at least one.
+        export_stages: those, counted from 1, of whose last weights the run's model is the mean; empty: the branches at
+            its end, where there are any.
 
     Raises:
-        ConfigError: for no stage, or cached features after the encoder has been trained: the cache is made once,
-            at the start; or cached stages of several sides.
+        ConfigError: for no stage, an `export_stages` that names none or one twice, or cached features after the encoder
+            has been trained: the cache is made once, at the start; or cached stages of several sides.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], *, export_stages: Sequence[int] = ()) -> None:
         if not stages:
             raise ConfigError("model.stages is empty; name at least one stage, such as [{epochs: 10}]")
         self.stages = tuple(stages)
@@ -181,6 +183,12 @@ class StagePlan:
             raise ConfigError("cached stages share one cache, of pictures of one side; give them all the same side_px")
         for index, stage in enumerate(self.stages):
             self._check_origins(stage, index)
+        for number in export_stages:
+            if not 1 <= number <= len(self.stages):
+                raise ConfigError(f"model.export_stages names stage {number}, and there are {len(self.stages)}")
+        if len(set(export_stages)) < len(export_stages):
+            raise ConfigError(f"model.export_stages names a stage twice, got {list(export_stages)}")
+        self.exported = tuple(export_stages) or self.branches
 
     def _check_origins(self, stage: Stage, index: int) -> None:
         who, origins = f"stage {index + 1}: from_stage", stage.origins

@@ -26,7 +26,7 @@ class Branches(Callback):
     """
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the checkpoints along that later stages begin with.
+        """Take the checkpoints along that later stages begin with, or that the run's model is the mean of.
 
         Args:
             trainer: of the run.
@@ -36,7 +36,7 @@ class Branches(Callback):
         if plan is None or folder is None or trainer.ckpt_path is None or not trainer.is_global_zero:
             return
         before = Path(trainer.ckpt_path).parent
-        for number in {number for stage in plan.stages for number in stage.origins}:
+        for number in {*plan.exported, *(number for stage in plan.stages for number in stage.origins)}:
             old, new = before / STAGE.format(number), folder / STAGE.format(number)
             if old.is_file() and not new.exists():
                 new.parent.mkdir(parents=True, exist_ok=True)
