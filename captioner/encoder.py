@@ -316,6 +316,8 @@ def _cells(maps_BCHW: Tensor) -> Tensor:
 
 
 def _fold(network: nn.Module) -> None:
+    from captioner.efficientnet_lite import SamePaddedConvolution  # imports torchvision: takes time
+
     network.eval().requires_grad_(False)
     for module in list(network.modules()):
         # torchvision's networks run their layers in the order in which they are registered.
@@ -323,3 +325,6 @@ def _fold(network: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, before, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, after, nn.Identity())
+    for module in network.modules():
+        if isinstance(module, SamePaddedConvolution):
+            module.pad_in_kernel()

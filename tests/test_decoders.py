@@ -417,6 +417,21 @@ def test_self_attention_in_training_drops_each_weight_at_the_given_rate():
     assert abs(dropped.mean() - 0.25) < 6 * (0.25 * 0.75 / dropped.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_self_attention_is_torchs_with_a_gradient_and_without(steps):
+    attention = CausalSelfAttention(dim=16, heads=2, dropout=0.25).eval()
+    found = [torch.randn(3, 2, steps, 8).requires_grad_() for _ in range(3)]
+    expected = [value.detach().clone().requires_grad_() for value in found]
+    with torch.enable_grad():
+        read = attention.read(*found)
+        theirs = torch.nn.functional.scaled_dot_product_attention(*expected, is_causal=True).transpose(1, 2).flatten(2)
+        (read.square().sum() + theirs.square().sum()).backward()
+    close(read, theirs, **FLOAT32)
+    close(read, attention.read(*found), **FLOAT32)
+    for value, other in zip(found, expected, strict=True):
+        close(value.grad, other.grad, **FLOAT32)
+
+
 def test_embeddings_and_output_of_multihead_are_one_matrix():
     decoder = make_decoder("multihead")
     matrices = [name for name, value in decoder.named_parameters() if value.shape[0] == VOCABULARY]

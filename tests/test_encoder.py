@@ -18,7 +18,7 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
-from captioner.efficientnet_lite import SCALES, EfficientNetLite, package_of
+from captioner.efficientnet_lite import SCALES, EfficientNetLite, SamePaddedConvolution, package_of
 from captioner.encoder import FAMILIES, OWN, Encoder, available_backbones
 from captioner.errors import CheckpointError, ConfigError
 
@@ -475,6 +475,22 @@ def test_folding_batch_norms_changes_nothing_but_rounding(backbone):
     assert not any(parameter.requires_grad for parameter in folded.parameters())
     assert not folded.training
     assert folded.grid_hw == encoder.grid_hw
+
+
+@pytest.mark.parametrize("kernel_px", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])  # 1: a finer grid has taken it away
+@pytest.mark.parametrize("side_px", [8, 9])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_padding_in_the_kernel_is_the_padding_of_the_maps(kernel_px, stride, side_px, groups):
+    layer = SamePaddedConvolution(4, 8, kernel_px=kernel_px, stride=2, groups=groups).eval().double()
+    layer[0].stride = (stride, stride)
+    maps = torch.randn(2, 4, side_px, side_px + 3, dtype=torch.float64)
+    expected = layer(maps)
+    layer.pad_in_kernel()
+    assert layer[0].padding != (0, 0)
+    torch.testing.assert_close(layer(maps), expected)
+    layer.pad_in_kernel()  # once more changes nothing
+    torch.testing.assert_close(layer(maps), expected)
 
 
 @pytest.mark.parametrize("backbone", [TINY, "resnet18", "efficientnet_lite0"])

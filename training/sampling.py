@@ -48,11 +48,14 @@ def draw(logits_NV: Tensor, permitted_A: Tensor, *, generator: torch.Generator |
     Returns:
         int64 [N]; for a row with NaN, any permitted token.
     """
-    cumulated_NA = logits_NV.index_select(1, permitted_A).float().softmax(dim=1).cumsum(dim=1)
-    level_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device) * cumulated_NA[:, -1:]
+    bias_V = logits_NV.new_full(logits_NV.shape[1:], -torch.inf, dtype=torch.float32).index_fill_(0, permitted_A, 0.0)
+    # To add to all is several times as fast on a CPU as to select the permitted columns.
+    cumulated_NV = (logits_NV + bias_V).softmax(dim=1).cumsum(dim=1)
+    level_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device) * cumulated_NV[:, -1:]
     # With right=True the first sum above the level: a token without probability adds nothing and is passed over.
-    place_N1 = torch.searchsorted(cumulated_NA, level_N1, right=True)
-    return permitted_A[place_N1[:, 0].clamp_(max=len(permitted_A) - 1)]
+    place_N = torch.searchsorted(cumulated_NV, level_N1, right=True)[:, 0]
+    # Where rounding leaves no sum above it, or there is NaN: the permitted token before, or else the first.
+    return permitted_A[(torch.searchsorted(permitted_A, place_N, right=True) - 1).clamp_(min=0)]
 
 
 def sample(
@@ -123,7 +126,7 @@ def _sample(
         columns.append(token_N)
         ended_N = ended_N | (token_N == vocabulary.end_id)
         # The one wait for the device in a step.
-        broken, over = torch.stack([logits_NV.isnan().any(), ended_N.all()]).tolist()
+        broken, over = torch.stack([logits_NV.amax().isnan(), ended_N.all()]).tolist()
         if broken:
             raise SearchError(
                 f"the model gave NaN for word {len(columns)} of a sample: the training has diverged; "
