@@ -463,6 +463,8 @@ def test_a_run_leaves_its_record(tmp_path):
     assert set(record["versions"]) == {"python", "captioner", "torch", "torchvision", "lightning"}
     assert record["device"]["type"] == "cpu"
     assert (record["epoch"], record["step"], record["earlier"]) == (2, 2 * BATCHES, [])
+    assert list(record["epoch_ends"]) == ["0", "1"]
+    assert record["started"] <= record["epoch_ends"]["0"] <= record["epoch_ends"]["1"] <= record["ended"]
     scores = read_scores(tmp_path)
     assert [(row["attempt"], row["epoch"], row["step"]) for row in scores] == [(1, 0, BATCHES), (1, 1, 2 * BATCHES)]
     assert scores[0]["scores"] == {"BLEU-4": 20.5, "CIDEr-D": 50.0}
@@ -535,6 +537,7 @@ def test_a_run_resumed_in_another_folder_takes_over_the_record(tmp_path, validat
     fit(second, [RunRecord()], ckpt_path=checkpoint)
     fit(second, [RunRecord()], ckpt_path=checkpoint)  # its own folder knows of the first run by now
     assert [run["status"] for run in read(second)["earlier"]] == ["failed", "finished"]
+    assert [list(run["epoch_ends"]) for run in [*read(second)["earlier"], read(second)]] == [["0"], ["1"], ["1"]]
     expected = [(1, 0), (2, 1), (3, 1)] if validated else [(2, 1), (3, 1)]
     assert [(row["attempt"], row["epoch"]) for row in read_scores(second)] == expected
     shutil.copytree(second, third)  # a run that was itself resumed, with a checkpoint

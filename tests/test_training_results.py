@@ -326,6 +326,19 @@ def test_time_counts_up_to_the_stage_with_what_was_lost():
     assert duration([killed, again], resumed[2:], last_epoch=2).seconds == 600
 
 
+def test_time_is_known_of_epochs_that_were_not_validated():
+    killed = {"started": minute(0), "ended": None, "epoch_ends": {"0": minute(10), "1": minute(22)}}
+    again = {"started": minute(40), "ended": minute(55), "epoch_ends": {"1": minute(46), "2": minute(51)}}
+    scores = [score_line(1, 1, 20), score_line(2, 1, 45)]
+    assert duration([killed], [], last_epoch=0).seconds == 600
+    assert duration([killed], scores[:1], last_epoch=1).seconds == 60 * 22
+    assert duration([killed, again], scores, last_epoch=0).seconds == 600
+    whole = duration([killed, again], scores, last_epoch=2)
+    assert (whole.seconds, whole.at_least) == (60 * (22 + 11), True)
+    assert duration([killed, again], scores, last_epoch=1).seconds == 60 * (22 + 6)
+    assert duration([killed, again], scores, last_epoch=3) is None
+
+
 # --- Analysis ---
 
 REFERENCES = {

@@ -177,7 +177,7 @@ def check_comparable(rows: Sequence[Trained]) -> None:
 def duration(
     attempts: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], *, last_epoch: int
 ) -> Duration | None:
-    """Return how long a run took up to the validation of an epoch.
+    """Return how long a run took up to the end of an epoch, its validation included.
 
     Args:
         attempts: records of all runs in the folder, oldest first.
@@ -185,18 +185,22 @@ def duration(
         last_epoch: counted from 0.
 
     Returns:
-        The time of the last validation of the epoch since the start of its attempt, and all of the attempts before;
-        None where the epoch was not validated.
+        The time of the last attempt at the epoch, from the attempt's start, and all of the attempts before; None where
+        the epoch was neither validated nor recorded as over.
     """
-    reached = [line for line in scores if line["epoch"] == last_epoch]
+    reached = [(line["attempt"], line["time"]) for line in scores if line["epoch"] == last_epoch]
+    for number, attempt in enumerate(attempts, start=1):
+        over = attempt.get("epoch_ends", {}).get(str(last_epoch))  # not in records of earlier versions
+        reached += [(number, over)] if over else []
     if not reached:
         return None
-    final = reached[-1]["attempt"]
-    seconds = _seconds(attempts[final - 1]["started"], reached[-1]["time"])
+    final, end = max(reached)
+    seconds = _seconds(attempts[final - 1]["started"], end)
     at_least = False
     for number, attempt in enumerate(attempts[: final - 1], start=1):
         known = [line["time"] for line in scores if line["attempt"] == number]
-        end = attempt["ended"] or (known[-1] if known else attempt["started"])
+        known += attempt.get("epoch_ends", {}).values()
+        end = attempt["ended"] or max([attempt["started"], *known])
         at_least |= attempt["ended"] is None  # it was killed
         seconds += _seconds(attempt["started"], end)
     return Duration(seconds=seconds, at_least=at_least)

@@ -30,10 +30,11 @@ PACKAGES = ("captioner", "torch", "torchvision", "lightning")
 class RunRecord(lightning.Callback):
     """Writes down what a run was made of, how it ended, and the scores of every validation.
 
-    `run.json` holds versions, command, seed, device, hash and size of the data, git commit, start, end, and status:
-    "running", "finished", "interrupted" (Ctrl+C, SIGTERM) or "failed" with the message. A run that was killed stays
-    "running". A second run in the same folder keeps the records of the others in "earlier", and so does one that goes
-    on from a checkpoint in the folder of another run, whose scores it copies too. `scores.jsonl` has a line for every
+    `run.json` holds versions, command, seed, device, hash and size of the data, git commit, start, end, when each
+    epoch was over ("epoch_ends"; not all epochs need be validated), and status: "running", "finished",
+    "interrupted" (Ctrl+C, SIGTERM) or "failed" with the message. A run that was killed stays "running". A second
+    run in the same folder keeps the records of the others in "earlier", and so does one that goes on from a
+    checkpoint in the folder of another run, whose scores it copies too. `scores.jsonl` has a line for every
     validation, with the number of the run among all of them as "attempt": a resumed run writes those after its
     checkpoint again. `bad_pictures.txt` names the pictures that could not be used.
 
@@ -62,7 +63,7 @@ class RunRecord(lightning.Callback):
         if not trainer.is_global_zero:
             return
         earlier = _earlier(folder / RECORD)
-        self._folder, self._record = folder, {**describe_run(trainer), "earlier": earlier}
+        self._folder, self._record = folder, {**describe_run(trainer), "epoch_ends": {}, "earlier": earlier}
         self._write_record()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -108,6 +109,20 @@ class RunRecord(lightning.Callback):
         written = path.read_bytes() if path.exists() else b""
         self._write(SCORES, written + json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._write_bad_pictures(pl_module)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Record that the epoch is over.
+
+        Args:
+            trainer: of the run.
+            pl_module: not used.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        if self._folder is not None:
+            self._record["epoch_ends"][str(trainer.current_epoch)] = _now()
+            self._write_record()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record that the run is finished.
