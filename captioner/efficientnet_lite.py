@@ -70,12 +70,16 @@ class SamePaddedConvolution(Conv2dNormActivation):  # type: ignore[misc]  # torc
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """Return the maps of the next layer."""
         if self.pads:
-            before = (self.kernel_px - 2) // 2
-            # The stride of today: an encoder with a finer grid has taken one of them away.
-            behind = self.kernel_px - int(cast(nn.Conv2d, self[0]).stride[0]) - before
+            before, behind = self._padding()
             maps_BCHW = nn.functional.pad(maps_BCHW, (before, behind, before, behind))
         result: Tensor = super().forward(maps_BCHW)
         return result
+
+    def _padding(self) -> tuple[int, int]:
+        """Return the rows, and columns, before and behind the maps."""
+        before = (self.kernel_px - 2) // 2
+        # The stride of today: an encoder with a finer grid has taken one of them away.
+        return before, self.kernel_px - int(cast(nn.Conv2d, self[0]).stride[0]) - before
 
     def pad_in_kernel(self) -> None:
         """Put the uneven part of the padding into the kernel, as zeros: for use alone, a copy of all maps less.
@@ -86,8 +90,7 @@ class SamePaddedConvolution(Conv2dNormActivation):  # type: ignore[misc]  # torc
         if not self.pads:
             return
         convolution = cast(nn.Conv2d, self[0])
-        before = (self.kernel_px - 2) // 2
-        behind = self.kernel_px - int(convolution.stride[0]) - before
+        before, behind = self._padding()
         zeros_px = behind - before
         weight = nn.functional.pad(convolution.weight, (zeros_px, 0, zeros_px, 0))
         convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
